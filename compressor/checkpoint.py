@@ -1,0 +1,240 @@
+"""A checkpoint folder: read lazily, tensor by tensor; written streaming, shard by shard.
+
+Only safetensors is read. Pickled weights can run code when opened and are refused.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from compressor.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+SHARD_BYTES = 4 * 2**30
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_WEIGHTS = ("*.safetensors", INDEX, *_PICKLES, "*.gguf")
+_NOT_CARRIED = ("config.json", "manifest.json", "README.md", ".gitattributes")
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+class Checkpoint:
+    """A Hugging Face folder, checked when opened, read tensor by tensor.
+
+    Raises `CheckpointError` for a missing config or shard, a truncated shard, an
+    index that points outside the folder, and pickled weights.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        """Open the folder and check its index and the length of every shard."""
+        self.folder = Path(folder)
+        self.config: dict[str, Any] = read_json(self.folder / "config.json")
+        self._shards = self._find_shards()
+        self.entries: dict[str, tuple[Path, str, tuple[int, ...]]] = {}
+        for shard in self._shards:
+            for name, (dtype, shape) in read_header(shard).items():
+                self.entries[name] = (shard, dtype, shape)
+
+    def _find_shards(self) -> list[Path]:
+        if (self.folder / INDEX).exists():
+            listed = read_json(self.folder / INDEX).get("weight_map", {})
+            shards = sorted({self._inside(str(name)) for name in listed.values()})
+        elif (self.folder / SINGLE).exists():
+            shards = [self.folder / SINGLE]
+        else:
+            pickles = [p.name for pattern in _PICKLES for p in self.folder.glob(pattern)]
+            raise CheckpointError(
+                f"{self.folder}: only pickled weights ({pickles[0]}), which can run code when "
+                "opened; convert them with transformers: save_pretrained(safe_serialization=True)"
+                if pickles
+                else f"{self.folder}: no {SINGLE} and no {INDEX}"
+            )
+        for shard in shards:
+            if not shard.is_file():
+                raise CheckpointError(f"{shard}: listed in {INDEX} but missing; download it again")
+        return shards
+
+    def _inside(self, name: str) -> Path:
+        if Path(name).name != name:
+            raise CheckpointError(
+                f"{self.folder / INDEX}: shard {name!r} points outside the folder; "
+                "shards are plain file names beside the index"
+            )
+        return self.folder / name
+
+    @property
+    def names(self) -> list[str]:
+        """Tensor names in file order."""
+        return list(self.entries)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.entries
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from the header alone."""
+        return self.entries[name][2]
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """Dtype of a tensor as stored."""
+        dtype = self.entries[name][1]
+        if dtype not in _DTYPES:
+            raise CheckpointError(f"{self.folder}: {name} has dtype {dtype}, which is not read")
+        return _DTYPES[dtype]
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The dtype that holds most of the floating-point weights."""
+        sizes: dict[torch.dtype, int] = {}
+        for name, (_, _, shape) in self.entries.items():
+            dtype = self.stored_dtype(name)
+            if dtype.is_floating_point:
+                sizes[dtype] = sizes.get(dtype, 0) + _count(shape)
+        return max(sizes, key=lambda d: sizes[d])
+
+    def tensor(self, name: str) -> Tensor:
+        """Read one tensor, memory-mapped, as stored."""
+        if name not in self.entries:
+            raise CheckpointError(f"{self.folder}: no tensor named {name!r}")
+        with safe_open(self.entries[name][0], framework="pt") as shard:
+            return shard.get_tensor(name)
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the linears are stored as integers."""
+        return "quantization_config" in self.config
+
+    @property
+    def side_files(self) -> list[Path]:
+        """Tokenizer, chat template, generation config: all that a cut must carry over."""
+        weights = {path for pattern in _WEIGHTS for path in self.folder.glob(pattern)}
+        return sorted(
+            p
+            for p in self.folder.iterdir()
+            if p.is_file() and p not in weights and p.name not in _NOT_CARRIED
+        )
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all shards on disk."""
+        return sum(shard.stat().st_size for shard in self._shards)
+
+
+class CheckpointWriter:
+    """Writes a checkpoint one tensor at a time; memory is bounded by one shard.
+
+    Use as a context manager; the index appears only on a clean exit.
+    """
+
+    def __init__(self, folder: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
+        """Write into `folder`, starting a new shard at `shard_bytes`."""
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._limit = shard_bytes
+        self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = 0
+        self._written: list[list[str]] = []
+        self._total = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Queue one tensor; full shards go to disk."""
+        tensor = tensor.detach().to("cpu").contiguous()
+        size = tensor.numel() * tensor.element_size()
+        if self._pending and self._pending_bytes + size > self._limit:
+            self._flush()
+        self._pending[name] = tensor
+        self._pending_bytes += size
+        self._total += size
+
+    def finish(self, config: dict[str, Any], side_files: list[Path]) -> None:
+        """Write the last shard, the index, the config and copies of the side files."""
+        self._flush()
+        count = len(self._written)
+        if count == 1:
+            self._shard(0).rename(self.folder / SINGLE)
+        else:
+            weight_map = {}
+            for i, names in enumerate(self._written):
+                final = f"model-{i + 1:05d}-of-{count:05d}.safetensors"
+                self._shard(i).rename(self.folder / final)
+                weight_map |= dict.fromkeys(names, final)
+            write_json(
+                self.folder / INDEX,
+                {"metadata": {"total_size": self._total}, "weight_map": weight_map},
+            )
+        write_json(self.folder / "config.json", config)
+        for path in side_files:
+            shutil.copyfile(path, self.folder / path.name)
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pending.clear()
+
+    def _shard(self, index: int) -> Path:
+        return self.folder / f".shard-{index:05d}"
+
+    def _flush(self) -> None:
+        if self._pending:
+            save_file(self._pending, self._shard(len(self._written)), metadata={"format": "pt"})
+            self._written.append(list(self._pending))
+            self._pending, self._pending_bytes = {}, 0
+
+
+def read_header(shard: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return {name: (dtype, shape)} of a safetensors file, checking its length."""
+    try:
+        with shard.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+    except (struct.error, ValueError, MemoryError, OverflowError) as error:
+        raise CheckpointError(f"{shard}: not a safetensors file ({error})") from error
+    header.pop("__metadata__", None)
+    expected = 8 + length + max((e["data_offsets"][1] for e in header.values()), default=0)
+    actual = shard.stat().st_size
+    if actual != expected:
+        raise CheckpointError(
+            f"{shard}: {actual} bytes, but its header promises {expected}; "
+            "the file is truncated or damaged, fetch it again"
+        )
+    return {name: (e["dtype"], tuple(e["shape"])) for name, e in header.items()}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object, saying which file is missing or malformed."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON with sorted keys and a final newline: equal values, equal bytes."""
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    return int(torch.Size(shape).numel())

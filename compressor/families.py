@@ -1,0 +1,35 @@
+"""Everything that differs between model families, as data and nowhere else.
+
+The defaults resolve attention and feed-forward of almost every causal language
+model in transformers; a family that names them otherwise is one row here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Names:
+    """Names of a block's children, by role; the first that exists counts."""
+
+    attention: tuple[str, ...] = ("self_attn", "attn", "attention", "self_attention")
+    ffn: tuple[str, ...] = ("mlp", "feed_forward", "ffn")
+
+
+FAMILIES: dict[str, Names] = {
+    "opt": Names(ffn=("fc1", "fc2")),
+}
+"""Rows for the families that the defaults do not fit, by `model_type`."""
+
+DEPTH_DEPENDENT = ("scale_attn_by_inverse_layer_idx",)
+"""Config switches that tie a block's arithmetic to its index: such a model cannot lose blocks."""
+
+NOT_PER_LAYER = ("architectures", "eos_token_id", "bos_token_id", "pad_token_id", "bad_words_ids")
+"""Config lists whose length may equal the number of blocks by accident."""
+
+TUPLE_OUTPUT = ("bloom", "codegen", "falcon", "gpt_neo", "gptj", "mpt")
+"""Families whose blocks return a tuple with the hidden states first, not a tensor."""
+
+RENAMED_ON_DISK = {"gpt_neox": {"lm_head.weight": "embed_out.weight"}}
+"""Parameters whose name in the file is not their name in the module."""

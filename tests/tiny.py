@@ -1,0 +1,60 @@
+"""Tiny seeded models of the supported families, made from configs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+_COMMON = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+FAMILIES: dict[str, dict[str, object]] = {
+    "llama": {},
+    "qwen3": {"head_dim": 8},
+    "mistral": {"sliding_window": 8},
+    "gemma3_text": {
+        "head_dim": 8,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
+    "phi3": {},
+    "gpt2": {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 128},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "gpt_neox": {},
+    "olmo2": {},
+}
+
+
+def tiny(family: str, seed: int = 0, **overrides: object) -> PreTrainedModel:
+    """A random model of `family` in float32; weights large enough that blocks differ."""
+    config = AutoConfig.for_model(family, **(_COMMON | FAMILIES[family] | overrides))
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn_like(parameter)
+            parameter.copy_(noise * 0.2 if parameter.ndim > 1 else 1 + 0.1 * noise)
+    return model
+
+
+def save_tiny(folder: Path, family: str, **overrides: object) -> PreTrainedModel:
+    """Save a tiny model into `folder` and return it."""
+    model = tiny(family, **overrides)
+    model.save_pretrained(folder)
+    return model
+
+
+def tokens(rows: int = 3, length: int = 24, seed: int = 0) -> torch.Tensor:
+    """Random token windows (rows, length)."""
+    return torch.randint(3, 96, (rows, length), generator=torch.Generator().manual_seed(seed))
