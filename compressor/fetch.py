@@ -1,0 +1,107 @@
+"""Find a source and pin it by content, without torch: what `plan` needs to know every key."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from compressor.errors import SourceError
+from compressor.sources import ModelSource, TextSource, file_digest, package_file
+
+WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+"""What is taken from a model folder: no pickles, no code."""
+
+
+def locate_model(source: ModelSource) -> Path:
+    """The folder or .gguf file of a model; a hub id is downloaded into the hub's own cache."""
+    if source.hub:
+        return _download(source.hub, source.revision)
+    return _local(source.path, source.package, source.file, "a hub id goes under model.hub")
+
+
+def locate_text(source: TextSource) -> Path:
+    """The file of a text that is not a hub data set."""
+    return _local(source.path, source.package, source.file, "a hub data set goes under dataset")
+
+
+def fingerprint_model(source: ModelSource) -> str:
+    """What pins a model: the hub commit, or the hash of its files."""
+    if source.hub:
+        return f"hub:{_commit('model', source.hub, source.revision)}"
+    path = locate_model(source)
+    if path.is_file():
+        return f"sha256:{_digest(path)}"
+    listing = "".join(f"{p.name} {_digest(p)}\n" for p in model_files(path))
+    return f"sha256:{hashlib.sha256(listing.encode()).hexdigest()}"
+
+
+def fingerprint_text(source: TextSource) -> str:
+    """What pins a text: the hub commit, or the hash of its file."""
+    if source.dataset:
+        return f"hub:{_commit('dataset', source.dataset, source.revision)}"
+    return f"sha256:{_digest(locate_text(source))}"
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files of a model folder that count, sorted."""
+    return sorted({p for pattern in WANTED for p in folder.glob(pattern)})
+
+
+def _local(path: str | None, package: str | None, file: str | None, hint: str) -> Path:
+    if package and file:
+        return package_file(package, file)
+    found = Path(path or "").expanduser().resolve()
+    if not found.exists():
+        raise SourceError(f"{path}: no such file or folder ({hint})")
+    return found
+
+
+def _digest(path: Path) -> str:
+    """Sha256 of a file, remembered by (path, size, mtime) so that planning stays instant."""
+    memo = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "compress/sha256.json"
+    stat = path.stat()
+    entry = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
+    try:
+        known: dict[str, str] = json.loads(memo.read_text())
+    except (OSError, ValueError):
+        known = {}
+    if entry not in known:
+        known[entry] = file_digest(path)
+        memo.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=memo.parent, delete=False) as file:
+            json.dump(known, file)
+        os.replace(file.name, memo)
+    return known[entry]
+
+
+def _download(hub: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub, revision=revision, allow_patterns=list(WANTED)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise _unreachable(hub, error) from error
+
+
+def _commit(kind: str, hub: str, revision: str | None) -> str:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if kind == "model" and os.environ.get("HF_HUB_OFFLINE") == "1":
+        return _download(hub, revision).name
+    try:
+        return str(HfApi().repo_info(hub, revision=revision, repo_type=kind).sha)
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise _unreachable(hub, error) from error
+
+
+def _unreachable(hub: str, error: Exception) -> SourceError:
+    reason = str(error).splitlines()[0]
+    return SourceError(
+        f"hub repository {hub!r} cannot be fetched ({reason}); check the name, the network and "
+        "the token (hf auth login), or give a local path"
+    )

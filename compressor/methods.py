@@ -1,0 +1,45 @@
+"""One row of a verb's method table: where the function is and what a user should know of it."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Params(BaseModel):
+    """Base of every method's parameters: frozen, unknown keys refused, defaults only here."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method of a verb.
+
+    Attributes:
+        target: `module:function`, imported only when the method runs.
+        params: its parameter class; the fields are the function's keyword arguments.
+        summary: what it does, in one line.
+        source: paper and section, or where it comes from.
+        cost: what it takes, in forward passes or in words.
+        text: the role of the text it reads, or None.
+        version: rises whenever its numbers change, so that caches are not trusted.
+    """
+
+    target: str
+    params: type[Params]
+    summary: str
+    source: str
+    cost: str
+    text: str | None = None
+    version: int = 1
+
+    def load(self) -> Callable[..., Any]:
+        """Import and return the function."""
+        module, _, name = self.target.partition(":")
+        function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+        return function

@@ -1,0 +1,1 @@
+"""The pipeline around the library: configuration, plan, run and command line."""

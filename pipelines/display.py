@@ -1,0 +1,126 @@
+"""What the person at the terminal sees: bars while it works, one table at the end.
+
+Everything here goes to standard error; standard output is for results.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from compressor import progress
+from compressor.artifact import Store
+from pipelines import table
+from pipelines.plan import Stage
+from pipelines.run import Event
+
+console = Console(stderr=True)
+_LINE_EVERY_SECONDS = 15
+
+
+class Bars:
+    """Draws bars on a terminal and plain lines into a log file."""
+
+    @contextmanager
+    def task(self, label: str, total: float) -> Iterator[progress.Task]:
+        """Open a bar with an estimate of the time left."""
+        if not console.is_terminal:
+            yield _Lines(label, total)
+            return
+        columns = (
+            TextColumn("  {task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        with Progress(*columns, console=console, transient=True) as bars:
+            yield _Bar(bars, bars.add_task(label, total=total, note=""))
+
+
+class _Bar:
+    def __init__(self, bars: Progress, task: TaskID) -> None:
+        self._bars, self._task = bars, task
+
+    def advance(self, steps: float = 1, note: str = "") -> None:
+        self._bars.advance(self._task, steps)
+        if note:
+            self._bars.update(self._task, note=note)
+
+
+class _Lines:
+    """A line now and then, for logs."""
+
+    def __init__(self, label: str, total: float) -> None:
+        self._label, self._total, self._done = label, total, 0.0
+        self._began = self._last = time.monotonic()
+
+    def advance(self, steps: float = 1, note: str = "") -> None:
+        self._done += steps
+        now = time.monotonic()
+        if now - self._last < _LINE_EVERY_SECONDS:
+            return
+        self._last = now
+        left = (now - self._began) * (self._total - self._done) / self._done
+        line = f"  {self._label} {self._done:.0f}/{self._total:.0f}, about {left:.0f} s left"
+        console.print(f"{line} {note}".rstrip(), highlight=False)
+
+
+def announce(event: Event, stage: Stage) -> None:
+    """One line per stage."""
+    words = {
+        "cached": "[dim]= {} is there already[/]",
+        "start": "[bold]> {}[/] [dim]{}[/]",
+        "damaged": "[yellow]! {} was damaged: set aside, building it again[/]",
+        "done": "",
+    }[event]
+    if words:
+        console.print(words.format(stage.label, stage.method), highlight=False)
+
+
+def print_plan(stages: list[Stage], store: Store, to: Console) -> None:
+    """The stages in order, what is cached and what will run."""
+    grid = Table(box=None, pad_edge=False)
+    for heading in ("stage", "method", "key", "state"):
+        grid.add_column(heading)
+    for stage in stages:
+        status = store.status(stage.verb, stage.key)
+        state = {"cached": "[green]there already[/]", "missing": "will run"}.get(
+            status, "[yellow]damaged: will run again[/]"
+        )
+        grid.add_row(stage.label, stage.method, stage.key[:16], state)
+    to.print(grid)
+
+
+def print_summary(record: dict[str, Any], to: Console) -> None:
+    """The table at the end of a run, its protocol, what healing closed, where the exports are."""
+    grid = Table(title=record["name"], caption=table.protocol(record))
+    for index, heading in enumerate(table.HEADINGS.values()):
+        grid.add_column(heading, justify="right" if index else "left")
+    for row in table.rows(record):
+        grid.add_row(*table.cells(row))
+    to.print(grid)
+    if closed := table.healing(record):
+        to.print(closed, highlight=False)
+    for stage in record["stages"]:
+        parity = stage["metrics"].get("onnx", {}).get("parity")
+        if parity:
+            to.print(f"ONNX against torch: {parity['summary']}", highlight=False)
+    for name, folder in record["exports"].items():
+        to.print(f"{name}: {folder}", highlight=False, soft_wrap=True)

@@ -1,0 +1,174 @@
+"""From a configuration to the ordered stages with their keys: pure, nothing is run or loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from compressor.artifact import key_of
+from compressor.errors import ConfigError
+from compressor.methods import Params
+from compressor.sources import TextSource
+from pipelines.config import RunConfig, StageConfig, methods
+
+ROLES = ("evaluation", "calibration", "healing")
+"""Text roles, in the order in which they take from a source."""
+
+CHECKPOINTS = ("model", "prune", "heal", "quantize")
+"""Verbs whose output is a checkpoint; each is followed by its evaluation."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a plan.
+
+    Attributes:
+        verb: what is done; `model` and `text` bring the inputs in.
+        label: unique in the plan, such as `heal` or `evaluate heal`.
+        method: the method's name; several scores are joined by `+`.
+        params: everything that decides the output beside the inputs, as JSON values.
+        inputs: role -> the stage that makes it.
+        methods: method -> its parameters, as the function takes them.
+        version: sum of the methods' versions, so it rises whenever one does.
+    """
+
+    verb: str
+    label: str
+    method: str
+    params: Mapping[str, Any]
+    inputs: Mapping[str, Stage] = field(default_factory=dict)
+    methods: Mapping[str, Params] = field(default_factory=dict)
+    version: int = 1
+
+    @cached_property
+    def key(self) -> str:
+        """Sha256 over all that decides this stage's output, as hex."""
+        return key_of(self.verb, self.method, self.version, dict(self.params), self.parents)
+
+    @property
+    def parents(self) -> dict[str, str]:
+        """Role -> key of the inputs."""
+        return {role: stage.key for role, stage in self.inputs.items()}
+
+
+def plan(config: RunConfig, fingerprints: Mapping[str, str]) -> list[Stage]:
+    """Order the stages of a run; `fingerprints` pins `model` and each text role by content.
+
+    Raises `ConfigError` for a stage whose input no earlier stage or text role makes.
+    """
+    planner = _Planner(config, fingerprints)
+    planner.add_model()
+    for role in ROLES:
+        planner.add_text(role)
+    planner.add_evaluation("original")
+    for stage in config.stages:
+        planner.add_stage(stage)
+    return planner.done
+
+
+def text_source(config: RunConfig, role: str) -> TextSource | None:
+    """The source a text role reads: its own, or the shared one; None for a role not asked for."""
+    text = config.head.text
+    spec = getattr(text, role)
+    if spec is None:
+        return None
+    source: TextSource | None = spec.source or text.source
+    if source is None:
+        raise ConfigError(f"text.{role}: no source here and none under text.source")
+    return source
+
+
+class _Planner:
+    """Keeps the stages so far and the latest maker of each role."""
+
+    def __init__(self, config: RunConfig, pins: Mapping[str, str]) -> None:
+        self.head = config.head
+        self.config = config
+        self.pins = pins
+        self.done: list[Stage] = []
+        self.latest: dict[str, Stage] = {}
+
+    def add_model(self) -> None:
+        params = {"fingerprint": self.pins["model"], "dtype": self.head.model.dtype}
+        model = self._add(Stage("model", "model", "import", params))
+        self.latest = {"checkpoint": model, "original": model}
+
+    def add_text(self, role: str) -> None:
+        source = text_source(self.config, role)
+        if source is None:
+            return
+        spec = getattr(self.head.text, role)
+        params = {
+            "role": role,
+            "windows": spec.windows,
+            "length": spec.length,
+            "seed": self.head.seed,
+            "fingerprint": self.pins[role],
+            "columns": source.model_dump(mode="json", include={"name", "split", "field", "chat"}),
+        }
+        inputs = {"tokenizer": self.latest["original"]}
+        inputs |= {earlier: self.latest[earlier] for earlier in ROLES if earlier in self.latest}
+        self.latest[role] = self._add(Stage("text", f"text {role}", "windows", params, inputs))
+
+    def add_evaluation(self, label: str) -> None:
+        if "evaluation" not in self.latest:
+            return
+        roles = ["checkpoint", "evaluation"]
+        roles += ["original", "reference"] if "reference" in self.latest else []
+        inputs = {role: self.latest[role] for role in roles}
+        params, name = self.head.evaluate, f"evaluate {label}"
+        dumped = params.model_dump(mode="json")
+        row = methods("evaluate")["quality"]
+        stage = Stage("evaluate", name, "quality", dumped, inputs, {"quality": params}, row.version)
+        self._add(stage)
+        self.latest.setdefault("reference", stage)
+
+    def add_stage(self, asked: StageConfig) -> None:
+        table = {name: methods(asked.verb)[name] for name in asked.methods}
+        params: dict[str, Any] = {n: p.model_dump(mode="json") for n, p in asked.methods.items()}
+        if asked.verb == "heal":
+            params["seed"] = self.head.seed
+        before = sum(stage.verb == asked.verb for stage in self.done)
+        label = f"{asked.verb} {before + 1}" if before else asked.verb
+        stage = self._add(
+            Stage(
+                verb=asked.verb,
+                label=label,
+                method="+".join(sorted(asked.methods)),
+                params=params,
+                inputs=self._inputs(asked.verb, {row.text for row in table.values() if row.text}),
+                methods=asked.methods,
+                version=sum(row.version for row in table.values()),
+            )
+        )
+        if asked.verb in CHECKPOINTS:
+            self.latest["checkpoint"] = stage
+            self.latest.pop("scores", None)
+            self.latest.pop("selection", None)
+            self.add_evaluation(label)
+        elif asked.verb in ("score", "select"):
+            self.latest["scores" if asked.verb == "score" else "selection"] = stage
+
+    def _inputs(self, verb: str, roles: set[str]) -> dict[str, Stage]:
+        if verb == "select":
+            return {"checkpoint": self.latest["checkpoint"]} | self._optional("scores")
+        inputs = {"checkpoint": self.latest["checkpoint"]}
+        if verb == "prune":
+            inputs["selection"] = self._need("selection", verb, "put a select stage before it")
+        for role in sorted(roles):
+            inputs[role] = self._need(role, verb, f"add text.{role} to the configuration")
+        return inputs
+
+    def _optional(self, role: str) -> dict[str, Stage]:
+        return {role: self.latest[role]} if role in self.latest else {}
+
+    def _need(self, role: str, verb: str, remedy: str) -> Stage:
+        if role not in self.latest:
+            raise ConfigError(f"stage {verb!r} needs {role}, which nothing before it makes; {remedy}")
+        return self.latest[role]
+
+    def _add(self, stage: Stage) -> Stage:
+        self.done.append(stage)
+        return stage

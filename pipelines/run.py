@@ -1,0 +1,235 @@
+"""Run a plan: skip what is cached, build what is not, commit each stage whole."""
+
+from __future__ import annotations
+
+import errno
+import importlib.metadata
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from compressor.artifact import Manifest, Store
+from compressor.errors import ArtifactError, ConfigError, did_you_mean
+from compressor.fetch import fingerprint_model, fingerprint_text
+from compressor.methods import Params
+from pipelines.config import RunConfig
+from pipelines.plan import ROLES, Stage, plan, text_source
+
+RECORD_FORMAT = 1
+LIBRARIES = ("torch", "transformers", "safetensors", "peft", "bitsandbytes", "compressed-tensors")
+Event = Literal["cached", "start", "done", "damaged"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a stage function gets.
+
+    Attributes:
+        methods: method -> parameters.
+        inputs: role -> folder.
+        out: an empty folder to write into.
+        work: a folder for resuming; it survives a crash (not created yet).
+    """
+
+    stage: Stage
+    config: RunConfig
+    inputs: dict[str, Path]
+    out: Path
+    work: Path
+    device: str
+
+    @property
+    def method(self) -> tuple[str, Params]:
+        """The only method and its parameters."""
+        ((name, params),) = self.stage.methods.items()
+        return name, params
+
+
+@dataclass(frozen=True)
+class Options:
+    """What part of a plan to run.
+
+    Attributes:
+        first, last: verbs (or labels) to start from and to stop after.
+        force: build again what is cached, within that range.
+        on_event: told of every stage; draws nothing by default.
+    """
+
+    first: str | None = None
+    last: str | None = None
+    force: bool = False
+    on_event: Callable[[Event, Stage], None] = field(default=lambda event, stage: None)
+
+
+def make_plan(config: RunConfig) -> list[Stage]:
+    """Pin the sources by content and plan; imports no torch."""
+    pins = {"model": fingerprint_model(config.head.model)}
+    for role in ROLES:
+        source = text_source(config, role)
+        if source:
+            pins[role] = fingerprint_text(source)
+    return plan(config, pins)
+
+
+def run(config: RunConfig, store: Store, options: Options) -> dict[str, Any]:
+    """Run the plan and return the run's record, also written to `runs/<name>.json`.
+
+    Raises whatever a stage raises; finished stages stay, and a stage that resumes
+    goes on from its work folder when the same command runs again.
+    """
+    stages = make_plan(config)
+    start, stop = _span(stages, options)
+    for index, stage in enumerate(stages[:stop]):
+        status = store.status(stage.verb, stage.key)
+        if status == "damaged":
+            options.on_event("damaged", stage)
+            store.set_aside(stage.verb, stage.key)
+        again = options.force and index >= start and stage.verb not in ("model", "text")
+        if status == "cached" and not again:
+            options.on_event("cached", stage)
+            continue
+        if index < start and stage.verb not in ("model", "text", "evaluate"):
+            raise ArtifactError(
+                f"--from {options.first} needs the result of {stage.label!r}, which is not stored; "
+                "run without --from"
+            )
+        options.on_event("start", stage)
+        _build(stage, config, store)
+        options.on_event("done", stage)
+    return _record(config, stages[:stop], store)
+
+
+def _span(stages: list[Stage], options: Options) -> tuple[int, int]:
+    """Indices of the first stage to run and of the one after the last."""
+    start, stop = 0, len(stages)
+    if options.first:
+        start = _find(stages, options.first, "--from")[0]
+    if options.last:
+        stop = _find(stages, options.last, "--to")[-1] + 1
+        name = f"evaluate {stages[stop - 1].label}"
+        stop += stop < len(stages) and stages[stop].label == name
+    return start, stop
+
+
+def _find(stages: list[Stage], name: str, flag: str) -> list[int]:
+    found = [i for i, s in enumerate(stages) if name in (s.verb, s.label)]
+    if not found:
+        labels = [s.label for s in stages]
+        raise ConfigError(f"{flag} {name}: no such stage{did_you_mean(name, labels)}")
+    return found
+
+
+def _build(stage: Stage, config: RunConfig, store: Store) -> None:
+    import torch
+
+    from pipelines import stages
+
+    device = config.head.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(config.head.seed)
+    reset_peak()
+    began = time.monotonic()
+    with store.draft(stage.verb, stage.key) as draft:
+        inputs = {r: store.folder(s.verb, s.key) for r, s in stage.inputs.items()}
+        work = store.work(stage.verb, stage.key)
+        try:
+            function: Callable[[Job], dict[str, Any]] = getattr(stages, stage.verb)
+            metrics = function(Job(stage, config, inputs, draft, work, device))
+            manifest = Manifest(
+                stage=stage.verb,
+                method=stage.method,
+                version=stage.version,
+                key=stage.key,
+                params=dict(stage.params),
+                parents=stage.parents,
+                libraries=_versions(LIBRARIES),
+                device=device,
+                threads=torch.get_num_threads(),
+                metrics=metrics,
+                seconds=round(time.monotonic() - began, 3),
+                peak_bytes=peak(),
+            )
+            store.commit(draft, manifest)
+        except OSError as error:
+            raise _full_disk(error, store.root) from error
+
+
+def _full_disk(error: OSError, root: Path) -> Exception:
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return error
+    free = shutil.disk_usage(root).free / 2**30
+    return ArtifactError(
+        f"{root}: the disk is full ({free:.1f} GiB free); finished stages are kept; make room, or "
+        "give another folder with --store, and run the same command again"
+    )
+
+
+def _record(config: RunConfig, stages: list[Stage], store: Store) -> dict[str, Any]:
+    """The stable record of a run (docs/formats.md), for people and other programs."""
+    rows = []
+    for stage in stages:
+        manifest = store.manifest(stage.verb, stage.key)
+        rows.append(
+            {
+                "verb": stage.verb,
+                "label": stage.label,
+                "method": stage.method,
+                "key": stage.key,
+                "folder": str(store.folder(stage.verb, stage.key).resolve()),
+                "metrics": manifest.metrics,
+                "seconds": manifest.seconds,
+                "peak_bytes": manifest.peak_bytes,
+            }
+        )
+    exports = {
+        name: str(Path(row["folder"]) / name)
+        for row in rows
+        if row["verb"] == "export"
+        for name in row["metrics"]["formats"]
+    }
+    head = config.head.model_dump(mode="json")
+    methods = [{s.verb: {n: p.model_dump(mode="json") for n, p in s.methods.items()}} for s in config.stages]
+    record = {
+        "format": RECORD_FORMAT,
+        "name": config.head.name,
+        "config": head | {"stages": methods},
+        "stages": rows,
+        "exports": exports,
+    }
+    path = store.root.parent / "runs" / f"{config.head.name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(f".{os.getpid()}.tmp")
+    draft.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    os.replace(draft, path)
+    return record
+
+
+def reset_peak() -> None:
+    """Start measuring peak memory anew, where the system allows it (Linux)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+def peak() -> int:
+    """Peak resident bytes of this process since `reset_peak`."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _versions(packages: Iterable[str]) -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in packages}

@@ -1,0 +1,116 @@
+"""The table at the end of a run: one row per checkpoint, its price beside it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+HEADINGS = {
+    "stage": "stage",
+    "blocks": "blocks",
+    "parameters": "parameters",
+    "bytes": "size",
+    "perplexity": "perplexity",
+    "kl": "KL to original",
+    "agreement": "top-1 agreement",
+    "prefill": "prefill tok/s",
+    "decode": "decode tok/s",
+    "seconds": "seconds",
+    "peak_bytes": "peak memory",
+}
+
+
+def rows(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """One dict per checkpoint and per exported graph, keyed as `HEADINGS`."""
+    stages = {stage["label"]: stage for stage in record["stages"]}
+    found = []
+    for label, stage in stages.items():
+        if stage["verb"] == "evaluate":
+            name = label.removeprefix("evaluate ")
+            maker = stages["model" if name == "original" else name]
+            found.append(_row(name, maker, stage["metrics"]))
+        if stage["verb"] == "export" and "onnx" in stage["metrics"]["formats"]:
+            found.append(_row("onnx", stage, stage["metrics"]["onnx"]))
+    return found
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """The row in words, in the order of `HEADINGS`."""
+    return [_FORMAT[name](row[name]) if row.get(name) is not None else "–" for name in HEADINGS]
+
+
+def protocol(record: dict[str, Any]) -> str:
+    """One sentence on how little or how much the perplexities rest on."""
+    for stage in record["stages"]:
+        if stage["verb"] == "evaluate":
+            p = stage["metrics"]["protocol"]
+            return (
+                f"perplexity over {p['windows']} held-out windows of {p['length']} tokens "
+                f"({p['predicted_tokens']:,} predicted tokens, stride {p['stride']})"
+            )
+    return "no text.evaluation in the configuration, so no perplexity"
+
+
+def healing(record: dict[str, Any]) -> str | None:
+    """How much of the loss that pruning added was closed by healing, in nats per token."""
+    nll = {
+        s["label"].removeprefix("evaluate "): s["metrics"]["nll"]
+        for s in record["stages"]
+        if s["verb"] == "evaluate"
+    }
+    if not {"original", "prune", "heal"} <= nll.keys():
+        return None
+    added, closed = nll["prune"] - nll["original"], nll["prune"] - nll["heal"]
+    if added <= 0:
+        return None
+    return (
+        f"pruning added {added:.3f} nats per token; healing closed {closed:.3f} "
+        f"({100 * closed / added:.0f} %)"
+    )
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """The table as Markdown, for a README or a model card."""
+    lines = ["| " + " | ".join(HEADINGS.values()) + " |", "|" + "---|" * len(HEADINGS)]
+    lines += ["| " + " | ".join(cells(row)) + " |" for row in rows(record)]
+    return "\n".join(lines)
+
+
+def _row(name: str, maker: dict[str, Any], metrics: dict[str, Any]) -> dict[str, Any]:
+    speed = metrics.get("speed") or {}
+    return {
+        "stage": name,
+        "blocks": metrics.get("blocks"),
+        "parameters": metrics.get("parameters"),
+        "bytes": metrics.get("bytes"),
+        "perplexity": metrics.get("perplexity"),
+        "kl": metrics.get("kl"),
+        "agreement": metrics.get("top1_agreement"),
+        "prefill": (speed.get("prefill") or {}).get("median"),
+        "decode": (speed.get("decode") or {}).get("median"),
+        "seconds": maker["seconds"],
+        "peak_bytes": maker["peak_bytes"],
+    }
+
+
+def size(count: float) -> str:
+    """Bytes in words, in binary units."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"
+
+
+_FORMAT = {
+    "stage": str,
+    "blocks": str,
+    "parameters": lambda n: f"{n / 1e6:.1f} M" if n < 1e9 else f"{n / 1e9:.2f} B",
+    "bytes": size,
+    "perplexity": lambda p: f"{p:.2f}" if p < 1e4 else f"{p:.2e}",
+    "kl": lambda k: f"{k:.3f}",
+    "agreement": lambda a: f"{100 * a:.1f} %",
+    "prefill": lambda s: f"{s:.1f}",
+    "decode": lambda s: f"{s:.1f}",
+    "seconds": lambda s: f"{s:.1f}",
+    "peak_bytes": size,
+}

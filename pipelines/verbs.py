@@ -1,0 +1,243 @@
+"""Each verb alone: a run of one stage on any model, its options made from the method table."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from ruamel.yaml import YAML
+
+from compressor.errors import ConfigError, SelectionError
+from compressor.records import Scores, Selection
+from pipelines import config as configuration
+from pipelines.commands import JSON, QUIET, STORE, execute
+from pipelines.run import Options
+
+_OWN = ("blocks",)
+"""Parameters with an option of their own spelling."""
+
+TEXT = (
+    click.option("--text", metavar="TEXT", help="File, PACKAGE:FILE or hub:DATASET to read text from."),
+    click.option("--field", help="Column or key of the text."),
+    click.option("--windows", type=int, default=16, show_default=True, help="Windows to cut."),
+    click.option("--length", type=int, default=512, show_default=True, help="Tokens in a window."),
+)
+OUT = click.option(
+    "-o", "--out", type=click.Path(path_type=Path), help="Also copy the result here (must be new)."
+)
+MODEL = click.argument("model")
+
+
+def _verb(verb: str, role: str | None) -> Callable[[Callable[..., Any]], click.Command]:
+    """Decorate a stage builder with the model, text, output and parameter options of a verb."""
+
+    def decorate(build: Callable[..., list[Any]]) -> click.Command:
+        def command(
+            model: str, out: Path | None, store: Path, as_json: bool, quiet: bool, **given: Any
+        ) -> None:
+            text = {name: given.pop(name) for name in ("text", "field", "windows", "length") if role}
+            stages = build(**{k: v for k, v in given.items() if v is not None})
+            tree = {"name": _name(verb, model), "model": model_source(model), "stages": stages}
+            if role and text["text"]:
+                tree["text"] = {role: _role(**text)}
+            checked = configuration.parse(tree, f"compress {verb}")
+            _refuse_existing(out)
+            record = execute(checked, store, Options(), as_json=as_json, quiet=quiet)
+            if out:
+                _deliver(Path(record["stages"][-1]["folder"]), out)
+
+        command.__doc__ = build.__doc__
+        for option in (*_parameters(verb), *(TEXT if role else ()), OUT, STORE, JSON, QUIET, MODEL):
+            command = option(command)
+        return click.command(verb)(command)
+
+    return decorate
+
+
+@_verb("score", "calibration")
+def score(method: str | None = None, **params: Any) -> list[Any]:
+    """Score the blocks of MODEL; --method takes several names, joined by commas.
+
+    \b
+    compress score MODEL --method angular_distance,block_influence --text corpus.txt -o scores
+    """
+    table = configuration.methods("score")
+    names = method.split(",") if method else list(table)
+    chosen: dict[str, dict[str, Any]] = {}
+    for name in names:
+        known = table[name].params.model_fields if name in table else params
+        chosen[name] = {key: value for key, value in params.items() if key in known}
+    return [{"score": chosen}]
+
+
+@_verb("prune", None)
+@click.option("--selection", type=click.Path(path_type=Path), help="A selection.json.")
+@click.option("--blocks", help="Blocks to remove, such as 13-18 or 3,7,12.")
+def prune(selection: Path | None = None, blocks: str | None = None, **params: Any) -> list[Any]:
+    """Remove blocks from MODEL, by list or by a selection file.
+
+    \b
+    compress prune MODEL --blocks 13-18 -o shallower
+    """
+    if (selection is None) == (blocks is None):
+        raise click.UsageError("give exactly one of --selection and --blocks")
+    drop = Selection.load(selection).drop_blocks if selection else parse_blocks(blocks or "")
+    return [{"select": {"method": "fixed", "blocks": drop}}, {"prune": params}]
+
+
+@_verb("heal", "healing")
+def heal(**params: Any) -> list[Any]:
+    """Train MODEL on TEXT with low-rank adapters and merge them; resumes after a crash.
+
+    \b
+    compress heal shallower --text corpus.jsonl --field text --windows 256 -o healed
+    """
+    return [{"heal": params}]
+
+
+@_verb("quantize", "calibration")
+def quantize(**params: Any) -> list[Any]:
+    """Store the linears of MODEL in few bits, as compressed-tensors that runtimes load.
+
+    \b
+    compress quantize MODEL --bits 4 --group-size 64 --text corpus.txt -o model-4bit
+    """
+    return [{"quantize": params}]
+
+
+@_verb("export", None)
+def export(**params: Any) -> list[Any]:
+    """Write MODEL as a safetensors folder and an ONNX folder, and check them against each other.
+
+    \b
+    compress export model-4bit -o exported
+    """
+    return [{"export": params}]
+
+
+@_verb("evaluate", "evaluation")
+def evaluate(**params: Any) -> list[Any]:
+    """Measure perplexity over held-out TEXT, size and speed of MODEL.
+
+    \b
+    compress evaluate MODEL --text heldout.txt --windows 32
+    """
+    return []
+
+
+@click.command()
+@click.argument("scores", type=click.Path(path_type=Path))
+@click.option("--method", default="contiguous", show_default=True, help="See: compress methods select.")
+@click.option("-n", "--n", type=int, help="How many blocks to remove.")
+@click.option("--score", help="For lowest: the score to go by.")
+@click.option("--protect", help="Blocks to keep, such as 0,-1 (negative from the end).")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="File to write; else printed.")
+def select(
+    scores: Path, method: str, n: int | None, score: str | None, protect: str | None, out: Path | None
+) -> None:
+    """Choose the blocks to remove from a SCORES file (or the folder that holds it).
+
+    \b
+    compress select scores --method contiguous -n 6 -o selection.json
+    """
+    body: dict[str, Any] = {"method": method, "n": n, "score": score}
+    body["protect"] = [int(b) for b in protect.split(",")] if protect else None
+    body = {key: value for key, value in body.items() if value is not None}
+    tree = {"name": "select", "model": {"path": "."}, "stages": [{"select": body}]}
+    (stage,) = configuration.parse(tree, "compress select").stages
+    ((name, params),) = stage.methods.items()
+    loaded = Scores.load(scores / "scores.json" if scores.is_dir() else scores)
+    row = configuration.methods("select")[name]
+    chosen: Selection = row.load()(loaded, **dict(params))
+    if out:
+        chosen.save(out)
+    click.echo(str(out) if out else chosen.model_dump_json(indent=1))
+
+
+def model_source(model: str) -> dict[str, str]:
+    """A `model:` entry from what a person types: a path that exists, else a hub id@revision."""
+    if Path(model).expanduser().exists():
+        return {"path": model}
+    name, _, revision = model.partition("@")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return {"hub": name, "revision": revision} if revision else {"hub": name}
+    raise ConfigError(f"{model}: no such folder or file, and not a hub id such as org/name")
+
+
+def parse_blocks(text: str) -> list[int]:
+    """[13, 14, 15, 20] from `13-15,20`; raises `SelectionError` for anything else."""
+    blocks: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if not match:
+            raise SelectionError(f"--blocks {text}: expected indices such as 13-18 or 3,7,12")
+        first, last = int(match[1]), int(match[2] or match[1])
+        blocks += range(first, last + 1)
+    return sorted(blocks)
+
+
+def _parameters(verb: str) -> list[Callable[..., Any]]:
+    """One option per parameter of any method of a verb, its default in the help."""
+    table = configuration.methods(verb)
+    options: list[Callable[..., Any]] = []
+    if len(table) > 1:
+        names = ", ".join(table)
+        options.append(click.option("--method", help=f"One of: {names} (default {next(iter(table))})."))
+    homes: dict[str, list[str]] = {}
+    for name, row in table.items():
+        for field in row.params.model_fields:
+            homes.setdefault(field, []).append(name)
+    for field, owners in homes.items():
+        info = table[owners[0]].params.model_fields[field]
+        default = info.get_default(call_default_factory=True)
+        told = f"{info.description or ''} [{', '.join(owners)}; default {json.dumps(default)}]"
+        flag = f"--{field.replace('_', '-')}"
+        if field not in _OWN:
+            options.append(click.option(flag, field, type=_YamlValue(), help=told.strip()))
+    return options
+
+
+class _YamlValue(click.ParamType):
+    """A value spelt as in YAML; the method's own parameter class checks it."""
+
+    name = "value"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Read `4`, `true`, `[1, 2]` or a word."""
+        return YAML(typ="safe").load(value) if isinstance(value, str) else value
+
+
+def _role(text: str, field: str | None, windows: int, length: int) -> dict[str, Any]:
+    source: dict[str, Any]
+    package, _, file = text.partition(":")
+    if Path(text).exists() or not file:
+        source = {"path": text}
+    elif package == "hub":
+        source = {"dataset": file}
+    else:
+        source = {"package": package, "file": file}
+    if field:
+        source["field"] = field
+    return {"source": source, "windows": windows, "length": length}
+
+
+def _name(verb: str, model: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", f"{verb}-{Path(model).name}").strip("-.")
+
+
+def _refuse_existing(out: Path | None) -> None:
+    if out and out.exists():
+        raise ConfigError(f"--out {out}: exists already; give a new path")
+
+
+def _deliver(folder: Path, out: Path) -> None:
+    """Copy a result to where the user wants it, whole or not at all."""
+    draft = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(draft, ignore_errors=True)
+    shutil.copytree(folder, draft)
+    draft.rename(out)
