@@ -1,0 +1,100 @@
+"""Removing whole blocks from a checkpoint, streaming from shard to shard."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from compressor import progress
+from compressor.blocks import Blocks
+from compressor.checkpoint import Checkpoint, CheckpointWriter, write_json
+from compressor.decoder import skeleton
+from compressor.errors import CheckpointError, SelectionError, UnsupportedArchitecture
+from compressor.families import DEPTH_DEPENDENT, NOT_PER_LAYER
+from compressor.records import Selection
+
+
+def prune(source: Path, selection: Selection, out: Path) -> None:
+    """Write `source` without the selected blocks; every other tensor is carried bitwise.
+
+    Blocks are renumbered densely (which renumbers the KV cache), `num_hidden_layers` and
+    every per-layer list of the config are cut, side files are copied. No model gets weights;
+    memory is bounded by one shard. Raises `SelectionError` for a selection made for another
+    depth and `UnsupportedArchitecture` for a model whose arithmetic depends on depth.
+    """
+    checkpoint = Checkpoint(source)
+    if checkpoint.quantized:
+        raise CheckpointError(f"{source}: already quantized; prune the dense checkpoint before")
+    blocks = Blocks(skeleton(source))
+    if len(blocks) != selection.num_blocks:
+        raise SelectionError(
+            f"the selection is for a model of {selection.num_blocks} blocks, but {source} has "
+            f"{len(blocks)}; score and select again on this model"
+        )
+    kept = [i for i in range(len(blocks)) if i not in set(selection.drop_blocks)]
+    config = pruned_config(source, checkpoint.config, kept)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "config.json", config)
+    _check_config(out, source, kept)
+    renumbered = {old: new for new, old in enumerate(kept)}
+    with CheckpointWriter(out) as writer:
+        for name in progress.track(checkpoint.names, "prune", len(checkpoint.names)):
+            renamed = _rename(name, blocks.prefix, renumbered)
+            if renamed:
+                writer.add(renamed, checkpoint.tensor(name))
+        writer.finish(config, checkpoint.side_files)
+
+
+def pruned_config(source: Path, raw: dict[str, Any], kept: list[int]) -> dict[str, Any]:
+    """The raw config with its depth and every per-layer list cut to the kept blocks.
+
+    Lists that transformers derives from the depth (`layer_types`) are written out, since
+    deriving them anew from the smaller depth would give other values.
+    """
+    parsed = AutoConfig.from_pretrained(source)
+    for switch in DEPTH_DEPENDENT:
+        if getattr(parsed, switch, False):
+            raise UnsupportedArchitecture(
+                f"{source}: config.{switch} ties a block's arithmetic to its index, so its blocks "
+                "cannot be removed"
+            )
+    config = copy.deepcopy(raw)
+    depth_key = parsed.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    config[depth_key] = len(kept)
+    for name, values in _per_layer(parsed).items():
+        config[name] = [values[i] for i in kept]
+    return config
+
+
+def _per_layer(config: Any) -> dict[str, list[Any]]:
+    return {
+        name: values
+        for name, values in config.to_dict().items()
+        if isinstance(values, list)
+        and len(values) == config.num_hidden_layers
+        and name not in NOT_PER_LAYER
+    }
+
+
+def _check_config(out: Path, source: Path, kept: list[int]) -> None:
+    """Read the new config back: transformers must see exactly the kept layers."""
+    before, after = AutoConfig.from_pretrained(source), AutoConfig.from_pretrained(out)
+    for name, values in _per_layer(before).items():
+        if getattr(after, name) != [values[i] for i in kept]:
+            raise UnsupportedArchitecture(
+                f"{source}: config.{name} cannot be cut; transformers computes it from other keys"
+            )
+    assert after.num_hidden_layers == len(kept)
+
+
+def _rename(name: str, prefix: str, renumbered: dict[int, int]) -> str | None:
+    """New name of a tensor, or None when its block goes; `prefix` may lack its first part."""
+    for path in (prefix, prefix.partition(".")[2]):
+        if path and name.startswith(f"{path}."):
+            index, _, rest = name.removeprefix(f"{path}.").partition(".")
+            new = renumbered.get(int(index))
+            return None if new is None else f"{path}.{new}.{rest}"
+    return name

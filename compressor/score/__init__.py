@@ -1,0 +1,70 @@
+"""Score: how much does each block matter? Higher saliency means keep."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from compressor.methods import Method, Params
+
+
+class AngularDistanceParams(Params):
+    """Parameters of the angular distance."""
+
+    positions: Literal["last", "all"] = Field("last", description="last token (paper) or all")
+
+
+class BlockInfluenceParams(Params):
+    """Block influence has no parameters."""
+
+
+class LampParams(Params):
+    """Parameters of LAMP."""
+
+    sparsity: float = Field(0.5, gt=0, lt=1, description="global share of weights to remove")
+
+
+class LayerContributionParams(Params):
+    """Parameters of the layer contribution."""
+
+    windows: int = Field(4, gt=0, description="calibration windows to use; costs (L+1)/2 forwards")
+    positions: Literal["last", "all"] = Field("all", description="tokens whose outputs count")
+    direction: Literal["full_skip", "skip_full"] = Field(
+        "full_skip", description="KL(full || skipped) or KL(skipped || full)"
+    )
+
+
+METHODS = {
+    "angular_distance": Method(
+        "compressor.score.angular_distance:AngularDistance",
+        AngularDistanceParams,
+        "angle between the residual stream before and after every run of n blocks",
+        "arXiv:2403.17887 section 3.2",
+        "1 forward, shared",
+        "calibration",
+    ),
+    "block_influence": Method(
+        "compressor.score.block_influence:BlockInfluence",
+        BlockInfluenceParams,
+        "1 - mean cosine between a block's input and output",
+        "arXiv:2403.03853 section 3.1",
+        "1 forward, shared",
+        "calibration",
+    ),
+    "layer_contribution": Method(
+        "compressor.score.layer_contribution:LayerContribution",
+        LayerContributionParams,
+        "KL divergence of the output distribution when one block is bypassed",
+        "ShortV (ICCV 2025), here for every token of a text model",
+        "(L+1)/2 forwards, blocks loaded once",
+        "calibration",
+    ),
+    "lamp": Method(
+        "compressor.score.lamp:lamp",
+        LampParams,
+        "share of a block's weights that survive a global LAMP threshold",
+        "Lee et al., ICLR 2021, arXiv:2010.07611 section 3",
+        "weights only",
+    ),
+}
