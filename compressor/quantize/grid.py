@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_SHRINKS = 80
-_NORM = 2.4
+_SHRINKS = [1 - step / 50 for step in range(35)]
 
 
 @dataclass(frozen=True)
@@ -39,11 +38,10 @@ class Grid:
     def scales(self, weight: Tensor, importance: Tensor | None = None) -> Tensor:
         """One scale per row and group: (O, I / group_size) float32, exact in `dtype`.
 
-        The full range puts the largest magnitude on the nearest end of the grid,
-        s = max |w| / 2^(b-1) where it is negative and / (2^(b-1) - 1/2) on average:
-        s = 2 max |w| / (2^b - 1). With `search`, s is the best of 80 shrunk ones by
-        sum of importance * |q(w) - w|^2.4 (arXiv:2210.17323's code); `importance` is the
-        mean square of each input (I,).
+        s = 2 max |w| / (2^b - 1), which clips the largest positive weight by half a step and
+        wastes no level. With `search`, the best of 35 shrunk scales (1, 0.98, .. 0.32) by
+        sum of importance * (q(w) - w)^2, `importance` being the mean square of each input
+        (I,): the error of the output as far as inputs are uncorrelated.
         """
         groups = weight.float().unflatten(1, (-1, self.group_size))
         full = groups.abs().amax(-1) * 2 / (2**self.bits - 1)
@@ -56,10 +54,10 @@ class Grid:
         shares = weights.unflatten(0, (-1, self.group_size))
         best = torch.full_like(full, torch.inf)
         chosen = full
-        for step in range(_SHRINKS):
-            scale = self._storable(full * (1 - step / 100))
-            rounded = self._round(groups, scale) * scale.unsqueeze(-1)
-            error = ((rounded - groups).abs().pow(_NORM) * shares).sum(-1)
+        for shrink in _SHRINKS:
+            scale = self._storable(full * shrink)
+            rounded = self.quantize(groups, scale.unsqueeze(-1)) * scale.unsqueeze(-1)
+            error = ((rounded - groups).square() * shares).sum(-1)
             better = error < best
             best = torch.where(better, error, best)
             chosen = torch.where(better, scale, chosen)
@@ -68,9 +66,6 @@ class Grid:
     def quantize(self, columns: Tensor, scale: Tensor) -> Tensor:
         """Nearest integers, as floats: clamp(round(w / s)); half to even."""
         return (columns / scale).round().clamp(self.low, self.high)
-
-    def _round(self, groups: Tensor, scale: Tensor) -> Tensor:
-        return self.quantize(groups, scale.unsqueeze(-1))
 
     def _storable(self, scale: Tensor) -> Tensor:
         tiny = torch.finfo(self.dtype).tiny
