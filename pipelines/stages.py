@@ -2,19 +2,185 @@
 
 from __future__ import annotations
 
-import shutil
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from compressor import text
-from compressor.checkpoint import Checkpoint
+from compressor.blocks import Blocks
+from compressor.checkpoint import write_json
+from compressor.decoder import skeleton
 from compressor.model import load_tokenizer, materialise
 from compressor.records import Scores, Selection
+from compressor.text import windows
+from pipelines.config import methods
 from pipelines.plan import ROLES, text_source
 from pipelines.run import Job
 
-SCORES = "scores.json"
-SELECTION = "selection.json"
+SCORES, SELECTION = "scores.json", "selection.json"
+WINDOWS, TEXT = "windows.safetensors", "text.json"
+
+
+def model(job: Job) -> dict[str, Any]:
+    """Import the source as a Hugging Face folder."""
+    return materialise(job.config.head.model, job.out)
+
+
+def text(job: Job) -> dict[str, Any]:
+    """Cut one role's windows, apart from those of the roles before it."""
+    role = job.stage.params["role"]
+    source = text_source(job.config, role)
+    assert source is not None
+    used: dict[str, int] = {}
+    hashes: frozenset[str] = frozenset()
+    for earlier in (r for r in ROLES if r in job.inputs):
+        record = json.loads((job.inputs[earlier] / TEXT).read_text())
+        used, hashes = record["used"], frozenset(record["hashes"])
+    found = windows(
+        source,
+        load_tokenizer(job.inputs["tokenizer"]),
+        getattr(job.config.head.text, role),
+        seed=job.config.head.seed,
+        used=used,
+        hashes=hashes,
+    )
+    save_file({"tokens": found.tokens}, job.out / WINDOWS)
+    write_json(job.out / TEXT, {"used": found.used, "hashes": sorted(found.hashes)})
+    return {
+        "windows": len(found.tokens),
+        "length": found.tokens.shape[1],
+        "documents": found.documents,
+        "repeated": found.repeated,
+        "sha256": found.digest,
+    }
+
+
+def score(job: Job) -> dict[str, Any]:
+    """All asked scores from one walk."""
+    from compressor.score.collect import score as collect
+
+    scores = collect(
+        job.inputs["checkpoint"],
+        _tokens(job, "calibration"),
+        job.stage.methods,
+        device=job.device,
+        batch_size=job.config.head.batch_size,
+    )
+    scores.save(job.out / SCORES)
+    return {"methods": sorted(job.stage.methods), "blocks": scores.num_blocks}
+
+
+def select(job: Job) -> dict[str, Any]:
+    """Choose the blocks that go."""
+    name, params = job.method
+    if "scores" in job.inputs:
+        scores = Scores.load(job.inputs["scores"] / SCORES)
+    else:
+        scores = Scores(num_blocks=len(Blocks(skeleton(job.inputs["checkpoint"]))))
+    selection: Selection = methods("select")[name].load()(scores, **dict(params))
+    selection.save(job.out / SELECTION)
+    return {"drop_blocks": selection.drop_blocks, "reason": selection.reason}
+
+
+def prune(job: Job) -> dict[str, Any]:
+    """Remove the selected blocks."""
+    selection = Selection.load(job.inputs["selection"] / SELECTION)
+    _method(job)(job.inputs["checkpoint"], selection, job.out)
+    return {"dropped": selection.drop_blocks}
+
+
+def heal(job: Job) -> dict[str, Any]:
+    """Train what pruning damaged."""
+    _, params = job.method
+    tokens = _tokens(job, "healing")
+    result: dict[str, Any] = _method(job)(
+        job.inputs["checkpoint"],
+        job.out,
+        job.work,
+        tokens,
+        params,
+        seed=job.config.head.seed,
+        device=job.device,
+    )
+    return result
+
+
+def quantize(job: Job) -> dict[str, Any]:
+    """Store the linears in few bits."""
+    from compressor.quantize.driver import quantize as drive
+
+    name, params = job.method
+    tokens = _tokens(job, "calibration") if "calibration" in job.inputs else None
+    return drive(
+        job.inputs["checkpoint"],
+        job.out,
+        tokens,
+        name,
+        params,
+        device=job.device,
+        batch_size=job.config.head.batch_size,
+    )
+
+
+def export(job: Job) -> dict[str, Any]:
+    """Write and compare the deployable folders; time the ONNX graph."""
+    _, params = job.method
+    timing = job.config.head.evaluate
+    result: dict[str, Any] = _method(job)(job.inputs["checkpoint"], job.out, params)
+    if timing.speed and "onnx" in result:
+        from compressor.export.session import measure
+
+        result["onnx"]["speed"] = measure(
+            job.out / "onnx",
+            device=job.device,
+            prompt_tokens=timing.prompt_tokens,
+            new_tokens=timing.new_tokens,
+            repeats=timing.repeats,
+        )
+    return result
+
+
+def evaluate(job: Job) -> dict[str, Any]:
+    """Quality, bytes and, where asked for, speed of a checkpoint."""
+    from compressor.evaluate.quality import Reference
+    from compressor.evaluate.quality import evaluate as measure_quality
+    from compressor.evaluate.speed import measure
+
+    reference = None
+    if "reference" in job.inputs:
+        reference = Reference(job.inputs["original"], job.inputs["reference"])
+    tokens = _tokens(job, "evaluation")
+    assert tokens is not None
+    metrics = measure_quality(
+        job.inputs["checkpoint"],
+        tokens,
+        job.out,
+        reference=reference,
+        device=job.device,
+        batch_size=job.config.head.batch_size,
+    )
+    write_json(job.out / "metrics.json", metrics)
+    timing = job.config.head.evaluate
+    if timing.speed:
+        metrics["speed"] = measure(
+            job.inputs["checkpoint"],
+            device=job.device,
+            prompt_tokens=timing.prompt_tokens,
+            new_tokens=timing.new_tokens,
+            repeats=timing.repeats,
+        )
+    return metrics
+
+
+def _tokens(job: Job, role: str) -> Tensor | None:
+    """Windows (N, T) of a role, or None where the stage reads no text."""
+    if role not in job.inputs:
+        return None
+    return load_file(job.inputs[role] / WINDOWS)["tokens"]
+
+
+def _method(job: Job) -> Callable[..., Any]:
+    return methods(job.stage.verb)[job.method[0]].load()

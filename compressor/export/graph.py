@@ -1,0 +1,103 @@
+"""A thin hand on onnx-ir: nodes by name, weights streamed into one aligned data file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+MICROSOFT = "com.microsoft"
+OPSET = 21
+MODEL, DATA = "model.onnx", "model.onnx.data"
+_ALIGNMENT = 4096
+_DTYPES = {
+    torch.float32: ir.DataType.FLOAT,
+    torch.float16: ir.DataType.FLOAT16,
+    torch.int64: ir.DataType.INT64,
+    torch.int32: ir.DataType.INT32,
+}
+
+
+class Graph:
+    """An ONNX graph under construction.
+
+    Every weight is appended to the data file as it is added, at a multiple of 4096 bytes so
+    that runtimes can map it; memory never holds more than one tensor.
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
+        """Build into `folder` with weights and activations in `dtype`."""
+        self.folder, self.dtype = folder, dtype
+        self._nodes: list[ir.Node] = []
+        self._inputs: list[ir.Value] = []
+        self._outputs: list[ir.Value] = []
+        self._weights: dict[str, ir.Value] = {}
+        self._data = (folder / DATA).open("wb")
+
+    def input(self, name: str, dtype: torch.dtype, shape: list[int | str]) -> ir.Value:
+        """Declare an input; names in `shape` are dynamic dimensions."""
+        value = ir.val(name, _DTYPES[dtype], shape)
+        self._inputs.append(value)
+        return value
+
+    def output(self, value: ir.Value, name: str, shape: list[int | str]) -> None:
+        """Declare an output."""
+        value.name = name
+        value.dtype, value.shape = _DTYPES[self.dtype], ir.Shape(shape)
+        self._outputs.append(value)
+
+    def weight(self, name: str, tensor: Tensor) -> ir.Value:
+        """Store a tensor (floats in the graph's dtype) once per name."""
+        if name in self._weights:
+            return self._weights[name]
+        if tensor.is_floating_point():
+            tensor = tensor.to(self.dtype)
+        array = tensor.detach().contiguous().cpu().numpy()
+        self._data.write(b"\0" * (-self._data.tell() % _ALIGNMENT))
+        offset = self._data.tell()
+        array.tofile(self._data)
+        shape, kind = ir.Shape(array.shape), _DTYPES[tensor.dtype]
+        external = ir.ExternalTensor(
+            DATA, offset, array.nbytes, kind, shape=shape, name=name, base_dir=self.folder
+        )
+        self._weights[name] = ir.val(name, kind, shape, const_value=external)
+        return self._weights[name]
+
+    def constant(self, name: str, value: list[int] | float) -> ir.Value:
+        """A small constant kept in the graph itself: int64 list, or a number of the graph's dtype."""
+        if name not in self._weights:
+            array = np.array(value, dtype=np.int64 if isinstance(value, list) else np.float32)
+            tensor = torch.from_numpy(array)
+            tensor = tensor if isinstance(value, list) else tensor.to(self.dtype)
+            held = ir.tensor(tensor.numpy(), name=name)
+            self._weights[name] = ir.val(name, held.dtype, held.shape, const_value=held)
+        return self._weights[name]
+
+    def op(
+        self, kind: str, *inputs: ir.Value | None, domain: str = "", outputs: int = 1, **attributes: Any
+    ) -> Any:
+        """Append a node; returns its output, or a list when there are several."""
+        node = ir.node(kind, inputs, attributes, domain=domain, num_outputs=outputs)
+        node.name = f"{kind}_{len(self._nodes)}"
+        for index, value in enumerate(node.outputs):
+            value.name = f"{node.name}_{index}"
+        self._nodes.append(node)
+        return node.outputs[0] if outputs == 1 else list(node.outputs)
+
+    def save(self) -> Path:
+        """Close the data file and write model.onnx beside it."""
+        self._data.close()
+        graph = ir.Graph(
+            self._inputs,
+            self._outputs,
+            nodes=self._nodes,
+            initializers=list(self._weights.values()),
+            opset_imports={"": OPSET, MICROSOFT: 1},
+            name="decoder",
+        )
+        ir.save(ir.Model(graph, ir_version=10, producer_name="compress"), self.folder / MODEL)
+        return self.folder / MODEL

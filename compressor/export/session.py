@@ -1,0 +1,92 @@
+"""Running an exported folder in onnxruntime."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from compressor.errors import ExportError, MissingDependency
+from compressor.export.graph import MODEL
+from compressor.timing import speed
+
+log = logging.getLogger(__name__)
+Cache = dict[str, np.ndarray]
+
+
+class Session:
+    """An exported graph in onnxruntime, on CUDA where it is there, else on the CPU.
+
+    Attributes:
+        providers: what onnxruntime really uses; it falls back without an error.
+    """
+
+    def __init__(self, folder: Path, device: str = "auto") -> None:
+        """Load `model.onnx` from `folder`."""
+        try:
+            import onnxruntime
+        except ImportError:
+            raise MissingDependency("onnxruntime", "cpu", "running an ONNX export") from None
+        wanted = ["CUDAExecutionProvider"] if device in ("auto", "cuda") else []
+        offered = onnxruntime.get_available_providers()
+        chosen = [p for p in wanted if p in offered] + ["CPUExecutionProvider"]
+        self._session: Any = onnxruntime.InferenceSession(str(folder / MODEL), providers=chosen)
+        self.providers: list[str] = self._session.get_providers()
+        if self.providers[0] != chosen[0]:
+            log.warning("onnxruntime fell back to %s; see: compress doctor", self.providers[0])
+        inputs = {i.name: i for i in self._session.get_inputs()}
+        self._past = [i for name, i in inputs.items() if name.startswith("past_key_values.")]
+        self._outputs = [o.name for o in self._session.get_outputs()]
+        self._dtype = np.float16 if "float16" in self._past[0].type else np.float32
+
+    def empty_cache(self, batch: int = 1) -> Cache:
+        """A KV cache without entries."""
+        return {
+            i.name: np.zeros((batch, i.shape[1], 0, i.shape[3]), self._dtype) for i in self._past
+        }
+
+    def run(
+        self, ids: np.ndarray, cache: Cache | None = None, mask: np.ndarray | None = None
+    ) -> tuple[np.ndarray, Cache]:
+        """Logits (B, S, V) of ids (B, S) after the cached tokens, and the grown cache.
+
+        `mask` (B, P + S) marks real tokens; padding stands on the right.
+        Raises `ExportError` for padding on the left, which the graph cannot express.
+        """
+        cache = cache or self.empty_cache(len(ids))
+        past = next(iter(cache.values())).shape[2]
+        if mask is None:
+            mask = np.ones((len(ids), past + ids.shape[1]), np.int64)
+        if (np.diff(mask, axis=1) > 0).any():
+            raise ExportError("the batch is padded on the left; pad on the right for this graph")
+        feeds = {"input_ids": ids, "attention_mask": mask, **cache}
+        values = dict(zip(self._outputs, self._session.run(None, feeds), strict=True))
+        logits = values.pop("logits")
+        return logits, {k.replace("present.", "past_key_values."): v for k, v in values.items()}
+
+    def generate(self, ids: np.ndarray, count: int, cache: Cache | None = None) -> list[int]:
+        """`count` greedy tokens after ids (1, S), with the KV cache."""
+        tokens: list[int] = []
+        for _ in range(count):
+            logits, cache = self.run(ids, cache)
+            tokens.append(int(logits[0, -1].argmax()))
+            ids = np.array([[tokens[-1]]], np.int64)
+        return tokens
+
+
+def measure(
+    folder: Path, *, device: str, prompt_tokens: int, new_tokens: int, repeats: int
+) -> dict[str, Any]:
+    """Prefill and decode tokens/s of an exported graph, batch 1, with its KV cache."""
+    session = Session(folder, device)
+    prompt = np.random.default_rng(0).integers(0, 256, (1, prompt_tokens), dtype=np.int64)
+    _, cache = session.run(prompt)
+    return speed(
+        lambda: session.run(prompt),
+        lambda: session.generate(prompt[:, -1:], new_tokens, cache),
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        repeats=repeats,
+    )
