@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def _from_gguf(path: Path, out: Path, dtype: torch.dtype) -> None:
             **where, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
         )
         tokenizer = AutoTokenizer.from_pretrained(**where)
-    except (ValueError, KeyError, NotImplementedError, OSError) as error:
+    except (ValueError, LookupError, NotImplementedError, OSError, struct.error) as error:
         reason = str(error).splitlines()[0]
         raise SourceError(f"{path}: this GGUF file cannot be read ({reason})") from error
     model.config.__dict__.pop("quantization_config", None)

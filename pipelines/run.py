@@ -126,9 +126,12 @@ def _find(stages: list[Stage], name: str, flag: str) -> list[int]:
 
 def _build(stage: Stage, config: RunConfig, store: Store) -> None:
     import torch
+    from safetensors import SafetensorError
 
     from pipelines import stages
+    from pipelines.quiet import silence_libraries
 
+    silence_libraries()
     device = config.head.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -156,12 +159,14 @@ def _build(stage: Stage, config: RunConfig, store: Store) -> None:
                 peak_bytes=peak(),
             )
             store.commit(draft, manifest)
-        except OSError as error:
+        except (OSError, RuntimeError, SafetensorError) as error:
             raise _full_disk(error, store.root) from error
 
 
-def _full_disk(error: OSError, root: Path) -> Exception:
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+def _full_disk(error: Exception, root: Path) -> Exception:
+    """A clear error for a full disk, which every library reports in its own way."""
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    if not full and "No space left" not in str(error):
         return error
     free = shutil.disk_usage(root).free / 2**30
     return ArtifactError(

@@ -33,6 +33,37 @@ OUT = click.option(
 MODEL = click.argument("model")
 
 
+def _parameters(verb: str) -> list[Callable[..., Any]]:
+    """One option per parameter of any method of a verb, its default in the help."""
+    table = configuration.methods(verb)
+    options: list[Callable[..., Any]] = []
+    if len(table) > 1:
+        names = ", ".join(table)
+        options.append(click.option("--method", help=f"One of: {names} (default {next(iter(table))})."))
+    homes: dict[str, list[str]] = {}
+    for name, row in table.items():
+        for field in row.params.model_fields:
+            homes.setdefault(field, []).append(name)
+    for field, owners in homes.items():
+        info = table[owners[0]].params.model_fields[field]
+        default = info.get_default(call_default_factory=True)
+        told = f"{info.description or ''} [{', '.join(owners)}; default {json.dumps(default)}]"
+        flag = f"--{field.replace('_', '-')}"
+        if field not in _OWN:
+            options.append(click.option(flag, field, type=_YamlValue(), help=told.strip()))
+    return options
+
+
+class _YamlValue(click.ParamType):
+    """A value spelt as in YAML; the method's own parameter class checks it."""
+
+    name = "value"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Read `4`, `true`, `[1, 2]` or a word."""
+        return YAML(typ="safe").load(value) if isinstance(value, str) else value
+
+
 def _verb(verb: str, role: str | None) -> Callable[[Callable[..., Any]], click.Command]:
     """Decorate a stage builder with the model, text, output and parameter options of a verb."""
 
@@ -52,6 +83,7 @@ def _verb(verb: str, role: str | None) -> Callable[[Callable[..., Any]], click.C
                 _deliver(Path(record["stages"][-1]["folder"]), out)
 
         command.__doc__ = build.__doc__
+        command.__click_params__ = getattr(build, "__click_params__", [])  # type: ignore[attr-defined]
         for option in (*_parameters(verb), *(TEXT if role else ()), OUT, STORE, JSON, QUIET, MODEL):
             command = option(command)
         return click.command(verb)(command)
@@ -179,37 +211,6 @@ def parse_blocks(text: str) -> list[int]:
         first, last = int(match[1]), int(match[2] or match[1])
         blocks += range(first, last + 1)
     return sorted(blocks)
-
-
-def _parameters(verb: str) -> list[Callable[..., Any]]:
-    """One option per parameter of any method of a verb, its default in the help."""
-    table = configuration.methods(verb)
-    options: list[Callable[..., Any]] = []
-    if len(table) > 1:
-        names = ", ".join(table)
-        options.append(click.option("--method", help=f"One of: {names} (default {next(iter(table))})."))
-    homes: dict[str, list[str]] = {}
-    for name, row in table.items():
-        for field in row.params.model_fields:
-            homes.setdefault(field, []).append(name)
-    for field, owners in homes.items():
-        info = table[owners[0]].params.model_fields[field]
-        default = info.get_default(call_default_factory=True)
-        told = f"{info.description or ''} [{', '.join(owners)}; default {json.dumps(default)}]"
-        flag = f"--{field.replace('_', '-')}"
-        if field not in _OWN:
-            options.append(click.option(flag, field, type=_YamlValue(), help=told.strip()))
-    return options
-
-
-class _YamlValue(click.ParamType):
-    """A value spelt as in YAML; the method's own parameter class checks it."""
-
-    name = "value"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Read `4`, `true`, `[1, 2]` or a word."""
-        return YAML(typ="safe").load(value) if isinstance(value, str) else value
 
 
 def _role(text: str, field: str | None, windows: int, length: int) -> dict[str, Any]:

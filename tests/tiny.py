@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import random
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 _COMMON = {
     "vocab_size": 96,
@@ -21,6 +26,7 @@ _COMMON = {
 }
 FAMILIES: dict[str, dict[str, object]] = {
     "llama": {},
+    "qwen2": {},
     "qwen3": {"head_dim": 8},
     "mistral": {"sliding_window": 8},
     "gemma3_text": {
@@ -58,3 +64,24 @@ def save_tiny(folder: Path, family: str, **overrides: object) -> PreTrainedModel
 def tokens(rows: int = 3, length: int = 24, seed: int = 0) -> torch.Tensor:
     """Random token windows (rows, length)."""
     return torch.randint(3, 96, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def save_tokenizer(folder: Path) -> None:
+    """A word-level tokenizer of the tiny models' 96 tokens: `<pad> <s> </s> w3 .. w95`."""
+    words = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(3, 96))]
+    core = Tokenizer(WordLevel({w: i for i, w in enumerate(words)}, unk_token="<pad>"))
+    core.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+    tokenizer.save_pretrained(folder)
+
+
+def save_corpus(path: Path, documents: int = 60, seed: int = 0) -> None:
+    """A .jsonl file of documents over the tiny vocabulary, each with a few favourite words."""
+    order = random.Random(seed)
+    with path.open("w") as file:
+        for _ in range(documents):
+            favourites = order.sample(range(3, 96), 6)
+            words = [f"w{order.choice(favourites)}" for _ in range(50)]
+            file.write(json.dumps({"text": " ".join(words)}) + "\n")

@@ -21,6 +21,7 @@ class Session:
 
     Attributes:
         providers: what onnxruntime really uses; it falls back without an error.
+        vocabulary: how many tokens there are.
     """
 
     def __init__(self, folder: Path, device: str = "auto") -> None:
@@ -38,7 +39,9 @@ class Session:
             log.warning("onnxruntime fell back to %s; see: compress doctor", self.providers[0])
         inputs = {i.name: i for i in self._session.get_inputs()}
         self._past = [i for name, i in inputs.items() if name.startswith("past_key_values.")]
-        self._outputs = [o.name for o in self._session.get_outputs()]
+        outputs = self._session.get_outputs()
+        self._outputs = [o.name for o in outputs]
+        self.vocabulary: int = outputs[0].shape[2]
         self._dtype = np.float16 if "float16" in self._past[0].type else np.float32
 
     def empty_cache(self, batch: int = 1) -> Cache:
@@ -81,7 +84,7 @@ def measure(
 ) -> dict[str, Any]:
     """Prefill and decode tokens/s of an exported graph, batch 1, with its KV cache."""
     session = Session(folder, device)
-    prompt = np.random.default_rng(0).integers(0, 256, (1, prompt_tokens), dtype=np.int64)
+    prompt = np.random.default_rng(0).integers(session.vocabulary, size=(1, prompt_tokens))
     _, cache = session.run(prompt)
     return speed(
         lambda: session.run(prompt),

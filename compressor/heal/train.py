@@ -25,7 +25,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from compressor import progress
 from compressor.blocks import Blocks
-from compressor.checkpoint import Checkpoint
+from compressor.checkpoint import Checkpoint, read_json, write_json
 from compressor.errors import HealingError
 from compressor.heal import LoraParams, QloraParams
 from compressor.heal.merge import merge
@@ -70,7 +70,7 @@ def heal(
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=_whole_checkpoint(work))
     _save_metrics(trainer.state, out / METRICS)
-    model.save_pretrained(str(out / ADAPTER))
+    _save_adapter(model, out / ADAPTER)
     merge(source, out / ADAPTER, out)
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     seen = params.steps * params.batch_size
@@ -209,6 +209,15 @@ def _whole_checkpoint(work: Path) -> str | None:
             cut = Path(newest)
             cut.rename(cut.with_name(f"cut-off-{cut.name}"))
     return None
+
+
+def _save_adapter(model: PeftModel, folder: Path) -> None:
+    """Save the adapter with equal bytes for equal weights: peft writes a set and a local path."""
+    model.save_pretrained(str(folder))
+    (folder / "README.md").unlink()
+    config = read_json(folder / "adapter_config.json")
+    config |= {"target_modules": sorted(config["target_modules"]), "base_model_name_or_path": None}
+    write_json(folder / "adapter_config.json", config)
 
 
 def _save_metrics(state: TrainerState, path: Path) -> None:

@@ -22,7 +22,9 @@ class RtnParams(Params):
 class GptqParams(RtnParams):
     """Parameters of GPTQ."""
 
-    damp: float = Field(0.01, gt=0, description="ridge, as a share of the gram's mean diagonal")
+    damp: float = Field(
+        0.01, gt=0, le=1, description="ridge, as a share of the gram's mean diagonal"
+    )
     act_order: bool = Field(True, description="columns with the largest inputs first")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,11 @@ from compressor.blocks import weight_of
 from compressor.checkpoint import Checkpoint
 from compressor.decoder import Decoder
 from compressor.errors import QuantizationError
-from compressor.moments import Gram
 from compressor.quantize import METHODS, RtnParams
 from compressor.quantize.grid import Grid, QuantizedWeight
+from compressor.quantize.inputs import Group, input_gram, input_groups
 from compressor.quantize.write import PackedWriter
-from compressor.walk import Step, Stream, walk
+from compressor.walk import Stream, walk
 
 Quantizer = Callable[[Tensor, Tensor | None, Grid], QuantizedWeight]
 REPORT = "quantization.json"
@@ -80,31 +81,34 @@ def _blocks(
         count = len(decoder.blocks)
         for index in progress.track(range(count), "quantize", count):
             with decoder.resident(index), torch.no_grad():
-                linears = decoder.blocks.linears(index)
-                yield index, _quantize_group(list(linears.items()), None, quantizer, grid)
+                results: Results = {}
+                for linear in decoder.blocks.linears(index).items():
+                    results |= _quantize_group([linear], None, quantizer, grid)
+                yield index, results
         return
-    for step in walk(Stream(decoder, tokens, batch_size), "quantize"):
-        results: Results = {}
+    stream = Stream(decoder, tokens, batch_size)
+    decoder.embed(tokens[:1])  # masks for the single window that `input_groups` runs
+    for step in walk(stream, "quantize"):
+        results = {}
         for group in input_groups(step, decoder.blocks.linears(step.index)):
-            gram = _gram(step, group[0][1])
+            gram = input_gram(step, group[0][1])
             results |= _quantize_group(group, gram, quantizer, grid)
         yield step.index, results
 
 
-def _quantize_group(
-    group: list[tuple[str, nn.Module]], gram: Tensor | None, quantizer: Quantizer, grid: Grid
-) -> Results:
-    """Quantize linears that share inputs and put the result into the resident block."""
+def _quantize_group(group: Group, gram: Tensor | None, quantizer: Quantizer, grid: Grid) -> Results:
+    """Quantize linears that share inputs as one tall matrix; the block gets the result."""
+    weights = [weight_of(linear).data for _, linear in group]
+    try:
+        stacked = quantizer(torch.cat(weights), gram, grid)
+    except QuantizationError as error:
+        raise QuantizationError(f"{group[0][0]}: {error}") from error
     results: Results = {}
-    for name, linear in group:
-        weight = weight_of(linear)
-        try:
-            result = quantizer(weight.data, gram, grid)
-        except QuantizationError as error:
-            raise QuantizationError(f"{name}: {error}") from error
-        rounded = result.dequantize()
-        results[name] = (result, _relative_error(weight.data.float(), rounded, gram))
-        weight.data.copy_(rounded)
+    parts = stacked.split([len(weight) for weight in weights])
+    for (name, _), weight, part in zip(group, weights, parts, strict=True):
+        rounded = part.dequantize().to(weight.dtype)
+        results[name] = (part, _relative_error(weight.float(), rounded.float(), gram))
+        weight.copy_(rounded)
     return results
 
 
@@ -117,82 +121,24 @@ def _relative_error(weight: Tensor, rounded: Tensor, gram: Tensor | None) -> flo
     return float((energy(weight - rounded) / energy(weight).clamp(min=1e-30)).sqrt())
 
 
-class _Seen(Exception):  # noqa: N818 - control flow: the input we waited for has come
-    """Stops a block's forward once the awaited input was seen."""
-
-
-def input_groups(step: Step, linears: dict[str, nn.Module]) -> list[list[tuple[str, nn.Module]]]:
-    """Linears of a block in the order they run, grouped by sharing one input tensor.
-
-    Found by running one batch and watching, so no family has to declare it.
-    """
-    groups: list[list[tuple[str, nn.Module]]] = []
-    inputs: list[Tensor] = []
-
-    def watch(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        for group, x in zip(groups, inputs, strict=True):
-            if x is args[0]:
-                group.append((name, module))
-                return
-        inputs.append(args[0])
-        groups.append([(name, module)])
-
-    handles = [
-        module.register_forward_pre_hook(functools.partial(_call, watch, name))
-        for name, module in linears.items()
-    ]
-    try:
-        step.run(next(step.inputs()))
-    finally:
-        for handle in handles:
-            handle.remove()
-    silent = linears.keys() - {name for group in groups for name, _ in group}
-    if silent:
-        raise QuantizationError(f"{sorted(silent)[0]} is never run by its block's forward")
-    return groups
-
-
-def _call(
-    watch: Callable[[str, nn.Module, tuple[Tensor, ...]], None],
-    name: str,
-    module: nn.Module,
-    args: tuple[Tensor, ...],
-) -> None:
-    watch(name, module, args)
-
-
-def _gram(step: Step, linear: nn.Module) -> Tensor:
-    """Gram of a linear's inputs over the whole stream; forwards stop once they are seen."""
-    gram = Gram(weight_of(linear).shape[1], weight_of(linear).device)
-
-    def take(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        gram.add(args[0])
-        raise _Seen
-
-    handle = linear.register_forward_pre_hook(take)
-    try:
-        for x in step.inputs():
-            try:
-                step.run(x)
-            except _Seen:
-                continue
-    finally:
-        handle.remove()
-    return gram.mean
-
-
 def _check_widths(decoder: Decoder, group_size: int) -> None:
-    for index in range(len(decoder.blocks)):
-        for name, linear in decoder.blocks.linears(index).items():
-            if not isinstance(linear, nn.Linear):
-                raise QuantizationError(
-                    f"{name} is a {type(linear).__name__}, which no runtime loads quantized; "
-                    "this family can be pruned and healed, not quantized"
-                )
-            width = linear.in_features
-            if width % group_size:
-                fits = [g for g in (16, 32, 64, 96, 128, 192, 256) if width % g == 0]
-                raise QuantizationError(
-                    f"{name}: its {width} inputs are not a multiple of group_size {group_size}; "
-                    f"use one of {fits}"
-                )
+    linears = {
+        name: linear
+        for index in range(len(decoder.blocks))
+        for name, linear in decoder.blocks.linears(index).items()
+    }
+    for name, linear in linears.items():
+        if not isinstance(linear, nn.Linear):
+            raise QuantizationError(
+                f"{name} is a {type(linear).__name__}, which no runtime loads quantized; "
+                "this family can be pruned and healed, not quantized"
+            )
+    widths = {name: weight_of(linear).shape[1] for name, linear in linears.items()}
+    common = math.gcd(*widths.values())
+    fits = [size for size in (256, 128, 64, 32, 16) if common % size == 0] or [common]
+    for name, width in widths.items():
+        if width % group_size:
+            raise QuantizationError(
+                f"{name}: its {width} inputs are not a multiple of group_size {group_size}; "
+                f"use {' or '.join(map(str, fits))}, which divides every linear"
+            )

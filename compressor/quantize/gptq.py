@@ -14,11 +14,14 @@ _BLOCK = 128
 _MOST_DAMP = 1.0
 
 
-class Rounder(Protocol):
-    """What GPTQ needs of a grid: the nearest point of a column."""
+class Nearest(Protocol):
+    """What the sweep needs of a grid: the nearest point of a column."""
 
-    def __call__(self, column: Tensor, index: int) -> Tensor:
-        """Nearest grid values of a column (O,) of weights at input `index`."""
+    def __call__(self, weight: Tensor, index: int) -> Tensor:
+        """Nearest grid values (O,) of column `index`.
+
+        `weight` (I, O) holds the columns as compensated so far.
+        """
 
 
 def gptq(
@@ -26,67 +29,79 @@ def gptq(
 ) -> QuantizedWeight:
     """Minimise tr((W - Q) H (W - Q)^T) greedily (GPTQ, arXiv:2210.17323 section 3).
 
-    weight (O, I); gram H = mean of x x^T (I, I). Scales come from the original columns
-    before anything moves (static groups), so with `act_order` (columns by falling diagonal
-    of H) no column changes its group and no index is stored. Inputs that are always zero
-    get zero weights. When H + damp * mean(diag H) I is not positive definite the ridge grows
-    tenfold up to 1 and the value used is recorded.
-    Raises `QuantizationError` for a gram that is not finite or cannot be factored.
+    weight (O, I); gram H = mean of x x^T (I, I). With `act_order`, columns go by falling
+    diagonal of H and every scale comes from the original weights (static groups), so no
+    column changes its group and no index is stored. Without, a group's scales come from its
+    weights as compensated when the sweep gets there. Inputs that are always zero have no say:
+    their columns are rounded to nearest (the original zeroes them, which trusts the
+    calibration text more than it deserves). When H + damp mean(diag H) I is not positive
+    definite the ridge grows tenfold up to 1 and the value used is recorded.
+    Raises `QuantizationError` for a gram that is not finite, is zero or cannot be factored.
     """
-    weight, hessian = weight.float().clone(), gram.float().clone()
+    weight, hessian = weight.float(), gram.float().clone()
+    importance = gram.diagonal().float()
     if not torch.isfinite(hessian).all():
-        raise QuantizationError("the inputs hold NaN or infinity; calibrate in float32")
-    dead = hessian.diagonal() == 0
-    hessian.diagonal()[dead] = 1
-    weight[:, dead] = 0
-    scale = grid.scales(weight, gram.diagonal().float())
-    order = hessian.diagonal().argsort(descending=True, stable=True)
-    if not act_order:
-        order = torch.arange(len(hessian), device=hessian.device)
+        raise QuantizationError("its inputs hold NaN or infinity; calibrate in float32")
+    dead = importance == 0
+    if dead.all():
+        raise QuantizationError("its inputs are zero on all of the calibration text; use more text")
+    hessian.diagonal()[dead] = importance[~dead].mean()
+    order = torch.arange(len(hessian), device=hessian.device)
+    if act_order:
+        order = importance.argsort(descending=True, stable=True)
     factor, used = inverse_factor(hessian[order][:, order], damp)
-    spread = scale.repeat_interleave(grid.group_size, dim=1)[:, order]
-
-    def nearest(column: Tensor, index: int) -> Tensor:
-        return grid.quantize(column, spread[:, index]) * spread[:, index]
-
-    rounded = sweep(weight[:, order], factor, nearest)
+    group = grid.group_size
+    scale = grid.scales(weight, importance)
     integers = torch.empty_like(weight, dtype=torch.int8)
-    integers[:, order] = (rounded / spread).round().to(torch.int8)
-    return QuantizedWeight(integers, scale, used)
+    home = order.tolist()
+
+    def nearest(columns: Tensor, index: int) -> Tensor:
+        if not act_order and index % group == 0:
+            chunk = slice(index, index + group)
+            scale[:, index // group] = grid.scales(columns[chunk].T, importance[chunk])[:, 0]
+        step = scale[:, home[index] // group]
+        integer = grid.quantize(columns[index], step)
+        integers[:, home[index]] = integer.to(torch.int8)
+        return integer * step
+
+    sweep(weight[:, order], factor, nearest, max(group, _BLOCK // group * group))
+    return QuantizedWeight(integers, scale.to(grid.dtype), used)
 
 
-def sweep(weight: Tensor, factor: Tensor, nearest: Rounder) -> Tensor:
+def sweep(weight: Tensor, factor: Tensor, nearest: Nearest, block: int = _BLOCK) -> Tensor:
     """The loop of GPTQ: returns Q (O, I) for columns in order, `factor` = U of H^-1 = U^T U.
 
-    e = (w_j - q_j) / U_jj, then W_k -= e U_jk for every k > j. Updates within 128 columns are
-    done at once, the rest in one product per 128 (section 3.3), all rows together.
+    e = (w_j - q_j) / U_jj, then w_k -= e U_jk for every k > j. Updates within `block` columns
+    are done at once, the rest in one product per block (section 3.3), all rows together.
+    At the end W - Q = E U, so sum e^2 = tr((W - Q) H (W - Q)^T).
     """
-    weight = weight.clone()
-    quantized = torch.empty_like(weight)
-    for start in range(0, weight.shape[1], _BLOCK):
-        stop = min(start + _BLOCK, weight.shape[1])
-        errors = torch.empty_like(weight[:, start:stop])
+    columns = weight.T.clone(memory_format=torch.contiguous_format)
+    for start in range(0, len(columns), block):
+        stop = min(start + block, len(columns))
+        errors = torch.empty_like(columns[start:stop])
         for j in range(start, stop):
-            quantized[:, j] = nearest(weight[:, j], j)
-            error = (weight[:, j] - quantized[:, j]) / factor[j, j]
-            weight[:, j + 1 : stop] -= error[:, None] * factor[j, j + 1 : stop]
-            errors[:, j - start] = error
-        weight[:, stop:] -= errors @ factor[start:stop, stop:]
-    return quantized
+            rounded = nearest(columns, j)
+            error = torch.sub(columns[j], rounded).div_(factor[j, j])
+            columns[j] = rounded
+            columns[j + 1 : stop].addr_(factor[j, j + 1 : stop], error, alpha=-1)
+            errors[j - start] = error
+        columns[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+    return columns.T
 
 
 def inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, float]:
-    """(U, damp used): upper Cholesky factor of (H + damp mean(diag H) I)^-1."""
+    """(U, damp used): upper triangular U with U^T U = (H + damp mean(diag H) I)^-1.
+
+    With H = R R^T, R upper triangular (the Cholesky factor of H read backwards), U = R^-1:
+    one factorisation, and the inverse itself is never formed.
+    """
     mean = hessian.diagonal().mean()
+    identity = torch.eye(len(hessian)).to(hessian)
     while damp <= _MOST_DAMP:
-        ridged = hessian.clone()
-        ridged.diagonal().add_(damp * mean)
-        lower, failed = torch.linalg.cholesky_ex(ridged)
+        lower, failed = torch.linalg.cholesky_ex((hessian + damp * mean * identity).flip(0, 1))
         if not failed:
-            inverse = torch.cholesky_inverse(lower)
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-            if not failed:
-                return upper, damp
+            upper = lower.flip(0, 1)
+            return torch.linalg.solve_triangular(upper, identity, upper=True), damp
         damp *= 10
     raise QuantizationError(
         f"the gram of its inputs is not positive definite even with a ridge of {_MOST_DAMP}; "

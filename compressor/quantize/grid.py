@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -48,10 +49,11 @@ class Grid:
         full = torch.where(full > 0, full, 1.0)
         if not self.search:
             return self._storable(full)
-        weights = torch.ones(weight.shape[1], device=weight.device)
-        if importance is not None:
-            weights = importance / importance.mean().clamp(min=1e-30)
-        shares = weights.unflatten(0, (-1, self.group_size))
+        if importance is None:
+            importance = torch.ones(weight.shape[1], device=weight.device)
+        shares = (importance / importance.mean().clamp(min=1e-30)).unflatten(
+            0, (-1, self.group_size)
+        )
         best = torch.full_like(full, torch.inf)
         chosen = full
         for shrink in _SHRINKS:
@@ -78,7 +80,7 @@ class QuantizedWeight:
 
     Attributes:
         integers: (O, I) int8 within the grid.
-        scale: (O, I / group_size) float32, exact in the grid's dtype.
+        scale: (O, I / group_size) in the grid's dtype.
         damp: ridge that was used, as a share of the mean diagonal; 0 without one.
     """
 
@@ -87,6 +89,11 @@ class QuantizedWeight:
     damp: float = 0.0
 
     def dequantize(self) -> Tensor:
-        """w = q s, (O, I) float32."""
-        groups = self.integers.float().unflatten(1, (self.scale.shape[1], -1))
+        """w = q s, (O, I), multiplied in the dtype of the scale as every reader of the file does."""
+        groups = self.integers.to(self.scale.dtype).unflatten(1, (self.scale.shape[1], -1))
         return (groups * self.scale.unsqueeze(-1)).flatten(1)
+
+    def split(self, rows: list[int]) -> Iterator[QuantizedWeight]:
+        """Yield the matrices that were stacked, `rows` outputs each."""
+        for integers, scale in zip(self.integers.split(rows), self.scale.split(rows), strict=True):
+            yield QuantizedWeight(integers, scale, self.damp)

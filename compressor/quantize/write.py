@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
+import compressed_tensors
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from torch import nn
@@ -32,12 +33,15 @@ class PackedWriter:
         self._done: set[str] = set()
         self._weights = self._bits = 0
 
-    def __enter__(self) -> PackedWriter:
+    def __enter__(self) -> Self:
         self._writer.__enter__()
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._writer.__exit__(kind, error, trace)
 
@@ -47,11 +51,11 @@ class PackedWriter:
             rows, columns = result.integers.shape
             packed = pack_to_int32(result.integers, self._grid.bits)
             self._writer.add(f"{name}.{PACKED}", packed)
-            self._writer.add(f"{name}.weight_scale", result.scale.to(self._grid.dtype))
+            self._writer.add(f"{name}.weight_scale", result.scale)
             self._writer.add(f"{name}.weight_shape", torch.tensor([rows, columns]))
             self._done.add(f"{name}.weight")
             self._weights += rows * columns
-            self._bits += 32 * packed.numel() + 8 * self._grid.dtype.itemsize * result.scale.numel()
+            self._bits += 8 * (packed.nbytes + result.scale.nbytes)
 
     def finish(self) -> float:
         """Copy the rest, write the config and return the average bits per packed weight."""
@@ -91,6 +95,7 @@ class PackedWriter:
         return {
             "quant_method": "compressed-tensors",
             "format": "pack-quantized",
+            "version": compressed_tensors.__version__,
             "quantization_status": "compressed",
             "global_compression_ratio": None,
             "ignore": outside,

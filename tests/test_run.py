@@ -1,0 +1,273 @@
+"""The whole pipeline on a tiny model: cached, partial, resumed, damaged, interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.tiny import save_corpus, save_tiny, save_tokenizer
+
+CONFIG = """\
+name: tiny
+model: {{path: {folder}/model}}
+text:
+  source: {{path: {folder}/corpus.jsonl, field: text}}
+  evaluation: {{windows: 4, length: 32}}
+  calibration: {{windows: 8, length: 32}}
+  healing: {{windows: 16, length: 32}}
+evaluate: {{prompt_tokens: 4, new_tokens: 2, repeats: 1}}
+stages:
+  - score: [angular_distance, block_influence, lamp, layer_contribution]
+  - select: {{method: contiguous, n: 2}}
+  - prune
+  - heal: {{method: lora, rank: 4, steps: 12, warmup_steps: 2, batch_size: 2, save_every: 2}}
+  - quantize: {{method: gptq, group_size: 16}}
+  - export
+"""
+CODE = "from pipelines.cli import main; main()"
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny llama with tokenizer, a corpus, a configuration and one finished run of it."""
+    folder = tmp_path_factory.mktemp("project")
+    save_tiny(folder / "model", "llama", hidden_size=64)
+    save_tokenizer(folder / "model")
+    save_corpus(folder / "corpus.jsonl")
+    (folder / "tiny.yaml").write_text(CONFIG.format(folder=folder))
+    result = compress(folder, "run", "tiny.yaml", "--json")
+    assert result.returncode == 0, result.stderr
+    (folder / "first.json").write_text(result.stdout)
+    return folder
+
+
+def compress(folder: Path, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line in `folder`."""
+    return subprocess.run(
+        [sys.executable, "-c", CODE, *args],
+        cwd=folder,
+        env=_environment(**env),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def _environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1", **more}
+
+
+def record(folder: Path) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads((folder / "first.json").read_text())
+    return value
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """Path -> sha256 of everything in an artifact, from its manifest."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    return {f["path"]: f["sha256"] for f in manifest["files"]}
+
+
+def test_the_record_is_complete(project: Path) -> None:
+    run = record(project)
+    verbs = [s["verb"] for s in run["stages"]]
+    assert verbs == [
+        "model", "text", "text", "text", "evaluate", "score", "select", "prune", "evaluate",
+        "heal", "evaluate", "quantize", "evaluate", "export",
+    ]  # fmt: skip
+    for stage in run["stages"]:
+        assert Path(stage["folder"]).is_dir()
+        assert stage["seconds"] > 0
+        assert stage["peak_bytes"] > 2**20
+    assert {row["stage"] for row in run["table"]} == {
+        "original", "prune", "heal", "quantize", "onnx",
+    }  # fmt: skip
+    blocks = {row["stage"]: row["blocks"] for row in run["table"]}
+    assert blocks == {"original": 4, "prune": 2, "heal": 2, "quantize": 2, "onnx": 2}
+    saved = json.loads((project / "artifacts/runs/tiny.json").read_text())
+    assert saved == {k: v for k, v in run.items() if k not in ("built", "table")}
+
+
+def test_exports_load_without_our_code(project: Path) -> None:
+    exports = record(project)["exports"]
+    script = (
+        "import sys, torch, onnxruntime, numpy as np\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()\n"
+        "AutoTokenizer.from_pretrained(sys.argv[2])\n"
+        "session = onnxruntime.InferenceSession(sys.argv[2] + '/model.onnx')\n"
+        "ids = np.arange(3, 19).reshape(2, 8)\n"
+        "feeds = {'input_ids': ids, 'attention_mask': np.ones_like(ids)}\n"
+        "for i in session.get_inputs()[2:]:\n"
+        "    feeds[i.name] = np.zeros((2, i.shape[1], 0, i.shape[3]), np.float32)\n"
+        "a = session.run(['logits'], feeds)[0]\n"
+        "b = model(torch.from_numpy(ids)).logits.detach().numpy()\n"
+        "assert not any(m.split('.')[0] in ('compressor', 'pipelines') for m in sys.modules)\n"
+        "print(abs(a - b).max())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, exports["safetensors"], exports["onnx"]],
+        capture_output=True, text=True, check=False, cwd=project,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 1e-3
+
+
+def test_second_run_does_nothing(project: Path) -> None:
+    again = compress(project, "run", "tiny.yaml", "--json")
+    assert json.loads(again.stdout)["built"] == []
+    spoken = compress(project, "run", "tiny.yaml")
+    assert "nothing to do" in spoken.stderr
+    assert "perplexity" in spoken.stdout
+
+
+def test_one_change_runs_only_what_depends_on_it(project: Path) -> None:
+    result = compress(project, "run", "tiny.yaml", "--json", "--set", "quantize.bits=8")
+    built = json.loads(result.stdout)["built"]
+    assert built == ["quantize", "evaluate quantize", "export"]
+
+
+def test_from_to_and_force(project: Path) -> None:
+    result = compress(
+        project, "run", "tiny.yaml", "--json", "--from", "prune", "--to", "prune", "--force"
+    )
+    assert json.loads(result.stdout)["built"] == ["prune", "evaluate prune"]
+    missing = compress(
+        project, "run", "tiny.yaml", "--from", "quantize", "--set", "heal.steps=3", "--json"
+    )
+    assert missing.returncode == 1
+    assert "which is not stored" in missing.stderr
+
+
+def test_quiet_prints_the_exports_only(project: Path) -> None:
+    result = compress(project, "run", "tiny.yaml", "--quiet")
+    assert result.stdout.split() == list(record(project)["exports"].values())
+    assert result.stderr == ""
+
+
+def test_damage_is_set_aside_and_mended(project: Path) -> None:
+    folder = next(Path(s["folder"]) for s in record(project)["stages"] if s["verb"] == "prune")
+    weights = folder / "model.safetensors"
+    good = weights.read_bytes()
+    weights.write_bytes(good[:-1])
+    assert "damaged" in compress(project, "plan", "tiny.yaml").stdout
+    result = compress(project, "run", "tiny.yaml", "--json")
+    assert json.loads(result.stdout)["built"] == ["prune"]
+    assert weights.read_bytes() == good
+    assert list(folder.parent.glob("prune-*.damaged-*"))
+
+
+def test_verify_names_the_changed_file(project: Path) -> None:
+    folder = next(Path(s["folder"]) for s in record(project)["stages"] if s["verb"] == "select")
+    assert compress(project, "verify", str(folder)).returncode == 0
+    path = folder / "selection.json"
+    text = path.read_text()
+    path.write_text(text.replace("2", "3", 1))
+    result = compress(project, "verify", str(folder))
+    path.write_text(text)
+    assert result.returncode == 1
+    assert "selection.json" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_killed_healing_resumes_to_the_same_bytes(project: Path) -> None:
+    expected = hashes(
+        next(Path(s["folder"]) for s in record(project)["stages"] if s["verb"] == "heal")
+    )
+    command = [sys.executable, "-c", CODE, "run", "tiny.yaml", "--store", "killed", "--to", "heal"]
+    child = subprocess.Popen(
+        command, cwd=project, env=_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    saved = project / "killed/store"
+    deadline = time.monotonic() + 120
+    while not list(saved.glob(".work-heal-*/checkpoint-*/trainer_state.json")):
+        assert time.monotonic() < deadline
+        assert child.poll() is None, "healing ended before it could be killed"
+        time.sleep(0.002)
+    child.kill()
+    child.wait()
+    assert not list(saved.glob("heal-*"))
+    result = compress(project, "run", "tiny.yaml", "--store", "killed", "--to", "heal", "--json")
+    assert result.returncode == 0, result.stderr
+    (healed,) = saved.glob("heal-*")
+    assert hashes(healed) == expected
+    assert not list(saved.glob(".work-*"))
+
+
+def test_interrupt_leaves_nothing_half_written(project: Path) -> None:
+    command = [sys.executable, "-c", CODE, "run", "tiny.yaml", "--store", "stopped"]
+    child = subprocess.Popen(
+        command, cwd=project, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    store = project / "stopped/store"
+    while not list(store.glob("evaluate-*")):
+        time.sleep(0.01)
+    child.send_signal(2)
+    _, stderr = child.communicate(timeout=60)
+    assert child.returncode == 1
+    assert "interrupted" in stderr
+    assert "Traceback" not in stderr
+    assert not list(store.glob(".tmp-*"))
+
+
+def test_a_verb_alone_delivers_a_folder(project: Path) -> None:
+    result = compress(project, "prune", "model", "--blocks", "1-2", "-o", "cut", "--quiet")
+    assert result.returncode == 0, result.stderr
+    model = AutoModelForCausalLM.from_pretrained(project / "cut")
+    assert model.config.num_hidden_layers == 2
+    with torch.no_grad():
+        assert model(torch.tensor([[3, 4, 5]])).logits.isfinite().all()
+    assert "exists already" in compress(project, "prune", "model", "--blocks", "1", "-o", "cut").stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "said"),
+    [
+        (["run", "missing.yaml"], 1, "missing.yaml: no such file"),
+        (["runn"], 2, "did you mean 'run'"),
+        (["run", "tiny.yaml", "--set", "heal.rnak=3"], 1, "did you mean 'rank'"),
+        (["run", "tiny.yaml", "--set", "select.n=9"], 1, "n = 9 is more than"),
+        (["run", "tiny.yaml", "--set", "quantize.group_size=48"], 1, "not a multiple of group_size"),
+        (["run", "tiny.yaml", "--set", "text.evaluation.windows=4000"], 1, "give more text"),
+        (["run", "tiny.yaml", "--set", "model.path=nowhere"], 1, "nowhere: no such file or folder"),
+        (["prune", "model"], 2, "exactly one of --selection and --blocks"),
+        (["prune", "model", "--blocks", "7"], 1, "do not exist in a model of 4"),
+        (["score", "model", "--method", "lampp"], 1, "did you mean 'lamp'"),
+        (["quantize", "model", "--group-size", "16"], 1, "add text.calibration"),
+        (["show", "tny"], 1, "did you mean 'tiny'"),
+    ],
+)
+def test_bad_input_is_one_clear_line(project: Path, args: list[str], code: int, said: str) -> None:
+    before = sorted((project / "artifacts/store").glob("*"))
+    result = compress(project, *args)
+    assert result.returncode == code, result.stderr
+    assert said in result.stderr
+    assert "Traceback" not in result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.lower().startswith("error")]
+    assert len(errors) == 1
+    assert not list((project / "artifacts/store").glob(".tmp-*"))
+    assert set(before) <= set((project / "artifacts/store").glob("*"))
+
+
+def test_full_disk_is_explained(project: Path) -> None:
+    """A file-size limit stands in for a full disk: writes fail part of the way through."""
+    limited = "import errno, compressor.checkpoint as c\n" + (
+        "def full(*a, **k): raise OSError(errno.ENOSPC, 'No space left on device')\n"
+        "c.save_file = full\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", limited + CODE, "run", "tiny.yaml", "--store", "full"],
+        cwd=project, env=_environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert "the disk is full" in result.stderr
+    assert not list((project / "full/store").glob(".tmp-*"))
