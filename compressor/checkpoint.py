@@ -167,7 +167,7 @@ class CheckpointWriter:
         if count == 1:
             self._shard(0).rename(self.folder / SINGLE)
         else:
-            weight_map = {}
+            weight_map: dict[str, str] = {}
             for i, names in enumerate(self._written):
                 final = f"model-{i + 1:05d}-of-{count:05d}.safetensors"
                 self._shard(i).rename(self.folder / final)
@@ -184,7 +184,10 @@ class CheckpointWriter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._pending.clear()
 

@@ -16,6 +16,7 @@ from compressor.errors import CheckpointError, SourceError
 from compressor.fetch import locate_model, model_files
 from compressor.sources import ModelSource
 
+
 def materialise(source: ModelSource, out: Path) -> dict[str, Any]:
     """Put the source into `out` as a Hugging Face folder and return what it is.
 

@@ -70,9 +70,8 @@ def windows(
     repeated = 0
     body = role.length - len(bos)
     buffer: list[int] = []
-    documents = 0
-    for key, tokens in _fresh_then_used(source, tokenizer, seed, taken):
-        documents += 1
+    fresh = _fresh_then_used(source, tokenizer, seed, taken)
+    for count, (key, tokens) in enumerate(fresh, start=1):
         tokens = tokens[: body * (role.windows - len(found)) - len(buffer)]
         buffer += tokens
         taken[key] = taken.get(key, 0) + len(tokens)
@@ -86,7 +85,7 @@ def windows(
                 seen.add(digest)
                 found.append(window)
         if len(found) == role.windows:
-            return Windows(torch.stack(found), taken, frozenset(seen), documents, repeated)
+            return Windows(torch.stack(found), taken, frozenset(seen), count, repeated)
     raise TextError(
         f"{_name(source)}: {len(found)} windows of {role.length} tokens found, {role.windows} "
         f"wanted, {role.windows * role.length:,} tokens in all; give more text, fewer windows or "
@@ -201,14 +200,18 @@ def _hub_records(source: TextSource) -> Iterator[Any]:
 
 def _field(record: Any, field: str | None, source: TextSource) -> str:
     if not isinstance(record, dict):
-        raise TextError(f"{_name(source)}: expected records with fields, got {type(record).__name__}")
+        raise TextError(
+            f"{_name(source)}: expected records with fields, got {type(record).__name__}"
+        )
     if field is None:
         raise TextError(
             f"{_name(source)}: its records have fields; say which holds the text with `field`"
             f" (found: {', '.join(map(str, record))})"
         )
     if field not in record:
-        raise TextError(f"{_name(source)}: no field {field!r}{did_you_mean(field, map(str, record))}")
+        raise TextError(
+            f"{_name(source)}: no field {field!r}{did_you_mean(field, map(str, record))}"
+        )
     return str(record[field] or "")
 
 
@@ -228,7 +231,7 @@ def _chat(record: Any, source: TextSource, tokenizer: PreTrainedTokenizerBase) -
 
 def _shuffled(items: Iterator[str], seed: int) -> Iterator[str]:
     """Seeded shuffle through a buffer of bounded length."""
-    order = random.Random(seed)  # noqa: S311 - reproducible order, not a secret
+    order = random.Random(seed)
     buffer: list[str] = []
     for item in items:
         buffer.append(item)

@@ -16,7 +16,7 @@ from compressor.artifact import Store
 from compressor.errors import ArtifactError, ConfigError, did_you_mean
 from pipelines import config as configuration
 from pipelines import display, table
-from pipelines.run import Options, make_plan
+from pipelines.run import Event, Options, make_plan
 from pipelines.run import run as run_plan
 
 STORE = click.option(
@@ -74,7 +74,7 @@ def execute(
     artifacts = Store(store / "store")
     built: list[str] = []
 
-    def on_event(event: display.Event, stage: Any) -> None:
+    def on_event(event: Event, stage: Any) -> None:
         if event == "done":
             built.append(stage.label)
         if not quiet:
@@ -183,7 +183,9 @@ def methods(verb: str | None, as_json: bool) -> None:
             "needs": f"text.{row.text}" if row.text else "",
             "version": row.version,
             "parameters": {
-                key: field.get_default(call_default_factory=True) if not field.is_required() else "required"
+                key: field.get_default(call_default_factory=True)
+                if not field.is_required()
+                else "required"
                 for key, field in row.params.model_fields.items()
             },
         }
@@ -197,7 +199,9 @@ def methods(verb: str | None, as_json: bool) -> None:
     for heading in ("verb", "method", "summary", "source", "cost", "needs"):
         grid.add_column(heading)
     for row in listing:
-        grid.add_row(*(str(row[name]) for name in ("verb", "method", "summary", "source", "cost", "needs")))
+        grid.add_row(
+            *(str(row[name]) for name in ("verb", "method", "summary", "source", "cost", "needs"))
+        )
     _stdout().print(grid)
 
 

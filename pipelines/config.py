@@ -145,7 +145,9 @@ def _wanted(
         name = body.pop("method", next(iter(table)))
         wanted = {name: (body, path)}
     for name in [n for n in wanted if n not in table]:
-        faults.append((wanted.pop(name)[1], f"unknown method {name!r}{did_you_mean(str(name), table)}"))
+        faults.append(
+            (wanted.pop(name)[1], f"unknown method {name!r}{did_you_mean(str(name), table)}")
+        )
     return wanted
 
 

@@ -166,7 +166,9 @@ class _Planner:
 
     def _need(self, role: str, verb: str, remedy: str) -> Stage:
         if role not in self.latest:
-            raise ConfigError(f"stage {verb!r} needs {role}, which nothing before it makes; {remedy}")
+            raise ConfigError(
+                f"stage {verb!r} needs {role}, which nothing before it makes; {remedy}"
+            )
         return self.latest[role]
 
     def _add(self, stage: Stage) -> Stage:

@@ -177,7 +177,7 @@ def _full_disk(error: Exception, root: Path) -> Exception:
 
 def _record(config: RunConfig, stages: list[Stage], store: Store) -> dict[str, Any]:
     """The stable record of a run (docs/formats.md), for people and other programs."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for stage in stages:
         manifest = store.manifest(stage.verb, stage.key)
         rows.append(
@@ -199,7 +199,10 @@ def _record(config: RunConfig, stages: list[Stage], store: Store) -> dict[str, A
         for name in row["metrics"]["formats"]
     }
     head = config.head.model_dump(mode="json")
-    methods = [{s.verb: {n: p.model_dump(mode="json") for n, p in s.methods.items()}} for s in config.stages]
+    methods = [
+        {s.verb: {n: p.model_dump(mode="json") for n, p in s.methods.items()}}
+        for s in config.stages
+    ]
     record = {
         "format": RECORD_FORMAT,
         "name": config.head.name,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
@@ -14,6 +13,7 @@ from compressor.blocks import Blocks
 from compressor.checkpoint import write_json
 from compressor.decoder import skeleton
 from compressor.model import load_tokenizer, materialise
+from compressor.quantize import RtnParams
 from compressor.records import Scores, Selection
 from compressor.text import windows
 from pipelines.config import methods
@@ -113,6 +113,7 @@ def quantize(job: Job) -> dict[str, Any]:
     from compressor.quantize.driver import quantize as drive
 
     name, params = job.method
+    assert isinstance(params, RtnParams)
     tokens = _tokens(job, "calibration") if "calibration" in job.inputs else None
     return drive(
         job.inputs["checkpoint"],

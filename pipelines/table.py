@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 HEADINGS = {
@@ -35,7 +36,7 @@ def rows(record: dict[str, Any]) -> list[dict[str, Any]]:
 
 def cells(row: dict[str, Any]) -> list[str]:
     """The row in words, in the order of `HEADINGS`."""
-    return [_FORMAT[name](row[name]) if row.get(name) is not None else "–" for name in HEADINGS]
+    return [_FORMAT[name](row[name]) if row.get(name) is not None else "-" for name in HEADINGS]
 
 
 def protocol(record: dict[str, Any]) -> str:
@@ -101,7 +102,7 @@ def size(count: float) -> str:
     return f"{count:.2f} GiB"
 
 
-_FORMAT = {
+_FORMAT: dict[str, Callable[[Any], str]] = {
     "stage": str,
     "blocks": str,
     "parameters": lambda n: f"{n / 1e6:.1f} M" if n < 1e9 else f"{n / 1e9:.2f} B",

@@ -22,7 +22,9 @@ _OWN = ("blocks",)
 """Parameters with an option of their own spelling."""
 
 TEXT = (
-    click.option("--text", metavar="TEXT", help="File, PACKAGE:FILE or hub:DATASET to read text from."),
+    click.option(
+        "--text", metavar="TEXT", help="File, PACKAGE:FILE or hub:DATASET to read text from."
+    ),
     click.option("--field", help="Column or key of the text."),
     click.option("--windows", type=int, default=16, show_default=True, help="Windows to cut."),
     click.option("--length", type=int, default=512, show_default=True, help="Tokens in a window."),
@@ -39,7 +41,9 @@ def _parameters(verb: str) -> list[Callable[..., Any]]:
     options: list[Callable[..., Any]] = []
     if len(table) > 1:
         names = ", ".join(table)
-        options.append(click.option("--method", help=f"One of: {names} (default {next(iter(table))})."))
+        options.append(
+            click.option("--method", help=f"One of: {names} (default {next(iter(table))}).")
+        )
     homes: dict[str, list[str]] = {}
     for name, row in table.items():
         for field in row.params.model_fields:
@@ -54,7 +58,7 @@ def _parameters(verb: str) -> list[Callable[..., Any]]:
     return options
 
 
-class _YamlValue(click.ParamType):
+class _YamlValue(click.ParamType[Any]):
     """A value spelt as in YAML; the method's own parameter class checks it."""
 
     name = "value"
@@ -71,7 +75,9 @@ def _verb(verb: str, role: str | None) -> Callable[[Callable[..., Any]], click.C
         def command(
             model: str, out: Path | None, store: Path, as_json: bool, quiet: bool, **given: Any
         ) -> None:
-            text = {name: given.pop(name) for name in ("text", "field", "windows", "length") if role}
+            text = {
+                name: given.pop(name) for name in ("text", "field", "windows", "length") if role
+            }
             stages = build(**{k: v for k, v in given.items() if v is not None})
             tree = {"name": _name(verb, model), "model": model_source(model), "stages": stages}
             if role and text["text"]:
@@ -164,13 +170,20 @@ def evaluate(**params: Any) -> list[Any]:
 
 @click.command()
 @click.argument("scores", type=click.Path(path_type=Path))
-@click.option("--method", default="contiguous", show_default=True, help="See: compress methods select.")
+@click.option(
+    "--method", default="contiguous", show_default=True, help="See: compress methods select."
+)
 @click.option("-n", "--n", type=int, help="How many blocks to remove.")
 @click.option("--score", help="For lowest: the score to go by.")
 @click.option("--protect", help="Blocks to keep, such as 0,-1 (negative from the end).")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="File to write; else printed.")
 def select(
-    scores: Path, method: str, n: int | None, score: str | None, protect: str | None, out: Path | None
+    scores: Path,
+    method: str,
+    n: int | None,
+    score: str | None,
+    protect: str | None,
+    out: Path | None,
 ) -> None:
     """Choose the blocks to remove from a SCORES file (or the folder that holds it).
 

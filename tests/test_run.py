@@ -185,7 +185,11 @@ def test_killed_healing_resumes_to_the_same_bytes(project: Path) -> None:
     )
     command = [sys.executable, "-c", CODE, "run", "tiny.yaml", "--store", "killed", "--to", "heal"]
     child = subprocess.Popen(
-        command, cwd=project, env=_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command,
+        cwd=project,
+        env=_environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     saved = project / "killed/store"
     deadline = time.monotonic() + 120
@@ -206,7 +210,12 @@ def test_killed_healing_resumes_to_the_same_bytes(project: Path) -> None:
 def test_interrupt_leaves_nothing_half_written(project: Path) -> None:
     command = [sys.executable, "-c", CODE, "run", "tiny.yaml", "--store", "stopped"]
     child = subprocess.Popen(
-        command, cwd=project, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=project,
+        env=_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     store = project / "stopped/store"
     while not list(store.glob("evaluate-*")):
@@ -226,7 +235,9 @@ def test_a_verb_alone_delivers_a_folder(project: Path) -> None:
     assert model.config.num_hidden_layers == 2
     with torch.no_grad():
         assert model(torch.tensor([[3, 4, 5]])).logits.isfinite().all()
-    assert "exists already" in compress(project, "prune", "model", "--blocks", "1", "-o", "cut").stderr
+    assert (
+        "exists already" in compress(project, "prune", "model", "--blocks", "1", "-o", "cut").stderr
+    )
 
 
 @pytest.mark.parametrize(
@@ -236,7 +247,11 @@ def test_a_verb_alone_delivers_a_folder(project: Path) -> None:
         (["runn"], 2, "did you mean 'run'"),
         (["run", "tiny.yaml", "--set", "heal.rnak=3"], 1, "did you mean 'rank'"),
         (["run", "tiny.yaml", "--set", "select.n=9"], 1, "n = 9 is more than"),
-        (["run", "tiny.yaml", "--set", "quantize.group_size=48"], 1, "not a multiple of group_size"),
+        (
+            ["run", "tiny.yaml", "--set", "quantize.group_size=48"],
+            1,
+            "not a multiple of group_size",
+        ),
         (["run", "tiny.yaml", "--set", "text.evaluation.windows=4000"], 1, "give more text"),
         (["run", "tiny.yaml", "--set", "model.path=nowhere"], 1, "nowhere: no such file or folder"),
         (["prune", "model"], 2, "exactly one of --selection and --blocks"),

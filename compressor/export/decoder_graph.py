@@ -58,8 +58,8 @@ class _Decoder:
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
         if self.head_dim % 16:
             raise ExportError(
-                f"{config.model_type}: heads of {self.head_dim} channels; GroupQueryAttention takes "
-                "multiples of 16"
+                f"{config.model_type}: heads of {self.head_dim} channels; "
+                "GroupQueryAttention takes multiples of 16"
             )
         self.cos: ir.Value | None = None
         self.sin: ir.Value | None = None
@@ -69,7 +69,9 @@ class _Decoder:
         """Tables of cos and sin (positions, head_dim / 2), by the model's own frequencies."""
         rotary: Any = skeleton(folder).model.rotary_emb  # type: ignore[union-attr]
         if 2 * len(rotary.inv_freq) != self.head_dim:
-            raise ExportError(f"{folder}: rotary embedding of a part of each head is not emitted yet")
+            raise ExportError(
+                f"{folder}: rotary embedding of a part of each head is not emitted yet"
+            )
         positions = torch.arange(self.config.max_position_embeddings, dtype=torch.float32)
         angles = torch.outer(positions, rotary.inv_freq.float())
         self.cos = self.g.weight("cos_cache", angles.cos() * rotary.attention_scaling)
@@ -216,9 +218,11 @@ def _check(config: Any) -> None:
     kind = rope.get("rope_type", "default")
     if kind not in _STATIC_ROPE:
         raise ExportError(
-            f"{config.model_type}: rotary scaling {kind!r} depends on the length and is not emitted; "
-            f"supported: {', '.join(_STATIC_ROPE)}"
+            f"{config.model_type}: rotary scaling {kind!r} depends on the length and is not "
+            f"emitted; supported: {', '.join(_STATIC_ROPE)}"
         )
     activation = getattr(config, "hidden_act", "silu")
     if activation not in ("silu", "swish"):
-        raise ExportError(f"{config.model_type}: activation {activation!r} is not emitted; only silu")
+        raise ExportError(
+            f"{config.model_type}: activation {activation!r} is not emitted; only silu"
+        )

@@ -68,17 +68,22 @@ class Graph:
         return self._weights[name]
 
     def constant(self, name: str, value: list[int] | float) -> ir.Value:
-        """A small constant kept in the graph itself: int64 list, or a number of the graph's dtype."""
+        """A small constant in the graph itself: an int64 list, or a number in the graph's dtype."""
         if name not in self._weights:
             array = np.array(value, dtype=np.int64 if isinstance(value, list) else np.float32)
             tensor = torch.from_numpy(array)
             tensor = tensor if isinstance(value, list) else tensor.to(self.dtype)
             held = ir.tensor(tensor.numpy(), name=name)
-            self._weights[name] = ir.val(name, held.dtype, held.shape, const_value=held)
+            self._weights[name] = ir.val(name, held.dtype, list(array.shape), const_value=held)
         return self._weights[name]
 
     def op(
-        self, kind: str, *inputs: ir.Value | None, domain: str = "", outputs: int = 1, **attributes: Any
+        self,
+        kind: str,
+        *inputs: ir.Value | None,
+        domain: str = "",
+        outputs: int = 1,
+        **attributes: Any,
     ) -> Any:
         """Append a node; returns its output, or a list when there are several."""
         node = ir.node(kind, inputs, attributes, domain=domain, num_outputs=outputs)

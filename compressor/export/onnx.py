@@ -81,7 +81,9 @@ def compare(source: Path, folder: Path, params: ExportParams) -> dict[str, Any]:
                 f"{tolerance:.0e}); please report this model's config.json"
             )
     ours = [session.generate(row[None], params.check_tokens) for row in ids]
-    equal = sum(a == b for x, y in zip(ours, greedy, strict=True) for a, b in zip(x, y, strict=True))
+    equal = sum(
+        a == b for x, y in zip(ours, greedy, strict=True) for a, b in zip(x, y, strict=True)
+    )
     total = _PROMPTS * params.check_tokens
     if params.onnx_dtype == "float32" and equal < total:
         raise ExportError(f"only {equal} of {total} greedy tokens of ONNX equal those of torch")
@@ -91,7 +93,7 @@ def compare(source: Path, folder: Path, params: ExportParams) -> dict[str, Any]:
         "greedy_equal": equal,
         "greedy_tokens": total,
         "providers": session.providers,
-        "summary": f"largest logit difference {largest:.1e}, {equal} of {total} greedy tokens equal",
+        "summary": f"largest logit difference {largest:.1e}, {equal} of {total} greedy tokens same",
     }
 
 

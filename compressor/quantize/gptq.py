@@ -52,7 +52,7 @@ def gptq(
     factor, used = inverse_factor(hessian[order][:, order], damp)
     group = grid.group_size
     scale = grid.scales(weight, importance)
-    integers = torch.empty_like(weight, dtype=torch.int8)
+    integers = torch.empty(weight.T.shape, dtype=torch.int8, device=weight.device)
     home = order.tolist()
 
     def nearest(columns: Tensor, index: int) -> Tensor:
@@ -61,11 +61,11 @@ def gptq(
             scale[:, index // group] = grid.scales(columns[chunk].T, importance[chunk])[:, 0]
         step = scale[:, home[index] // group]
         integer = grid.quantize(columns[index], step)
-        integers[:, home[index]] = integer.to(torch.int8)
+        integers[home[index]] = integer.to(torch.int8)
         return integer * step
 
     sweep(weight[:, order], factor, nearest, max(group, _BLOCK // group * group))
-    return QuantizedWeight(integers, scale.to(grid.dtype), used)
+    return QuantizedWeight(integers.T.contiguous(), scale.to(grid.dtype), used)
 
 
 def sweep(weight: Tensor, factor: Tensor, nearest: Nearest, block: int = _BLOCK) -> Tensor:

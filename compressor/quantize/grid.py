@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 _SHRINKS = [1 - step / 50 for step in range(35)]
+_CACHED = 2**18  # weights searched together: few enough to stay in a core's cache
 
 
 @dataclass(frozen=True)
@@ -51,23 +52,28 @@ class Grid:
             return self._storable(full)
         if importance is None:
             importance = torch.ones(weight.shape[1], device=weight.device)
-        shares = (importance / importance.mean().clamp(min=1e-30)).unflatten(
-            0, (-1, self.group_size)
-        )
+        shares = importance / importance.mean().clamp(min=1e-30)
+        shares = shares.unflatten(0, (-1, self.group_size))
+        rows = max(1, _CACHED // weight.shape[1])
+        parts = zip(groups.split(rows), full.split(rows), strict=True)
+        return torch.cat([self._search(*part, shares) for part in parts])
+
+    def quantize(self, columns: Tensor, scale: Tensor) -> Tensor:
+        """Nearest integers, as floats: clamp(round(w / s)); half to even."""
+        return (columns / scale).round_().clamp_(self.low, self.high)
+
+    def _search(self, groups: Tensor, full: Tensor, shares: Tensor) -> Tensor:
         best = torch.full_like(full, torch.inf)
         chosen = full
         for shrink in _SHRINKS:
             scale = self._storable(full * shrink)
-            rounded = self.quantize(groups, scale.unsqueeze(-1)) * scale.unsqueeze(-1)
-            error = ((rounded - groups).square() * shares).sum(-1)
+            step = scale.unsqueeze(-1)
+            off = self.quantize(groups, step).mul_(step).sub_(groups)
+            error = off.square_().mul_(shares).sum(-1)
             better = error < best
             best = torch.where(better, error, best)
             chosen = torch.where(better, scale, chosen)
         return chosen
-
-    def quantize(self, columns: Tensor, scale: Tensor) -> Tensor:
-        """Nearest integers, as floats: clamp(round(w / s)); half to even."""
-        return (columns / scale).round().clamp(self.low, self.high)
 
     def _storable(self, scale: Tensor) -> Tensor:
         tiny = torch.finfo(self.dtype).tiny
