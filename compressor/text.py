@@ -6,7 +6,7 @@ import gzip
 import hashlib
 import json
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -136,8 +136,9 @@ def _records(source: TextSource) -> Iterator[Any]:
     readers |= {".raw": _whole, ".utf8": _whole}
     if kind not in readers:
         raise TextError(f"{path}: expected .txt, .jsonl, .json or .parquet, plain or .gz")
+    opener: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
     try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+        with opener(path, "rb") as file:
             yield from readers[kind](file, path)
     except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
         raise TextError(f"{path}: cannot be read as UTF-8 text ({error})") from error

@@ -22,6 +22,11 @@ def build(store: Store, text: str = "weights") -> Path:
         return store.commit(draft, manifest)
 
 
+def _write_and_break(draft: Path) -> None:
+    (draft / "half").write_text("x")
+    raise ValueError("broken")
+
+
 def test_commit_then_cached(tmp_path: Path) -> None:
     store = Store(tmp_path)
     assert store.status("prune", KEY) == "missing"
@@ -37,8 +42,7 @@ def test_commit_then_cached(tmp_path: Path) -> None:
 def test_failure_leaves_nothing(tmp_path: Path) -> None:
     store = Store(tmp_path)
     with pytest.raises(ValueError, match="broken"), store.draft("prune", KEY) as draft:
-        (draft / "half").write_text("x")
-        raise ValueError("broken")
+        _write_and_break(draft)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -75,7 +75,7 @@ def test_foreign_tokenizer_is_refused(folder: Path, out: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens([f"extra{i}" for i in range(10)])
     tokenizer.save_pretrained(folder)
-    with pytest.raises(CheckpointError, match="highest id is 105, but config.vocab_size is 96"):
+    with pytest.raises(CheckpointError, match=r"highest id is 105, but config\.vocab_size is 96"):
         materialise(ModelSource(path=str(folder)), out)
 
 

@@ -20,7 +20,7 @@ from compressor.quantize import GptqParams, RtnParams
 from compressor.quantize.driver import quantize
 from compressor.quantize.gptq import gptq, inverse_factor, sweep
 from compressor.quantize.grid import Grid, QuantizedWeight
-from compressor.quantize.inputs import input_groups
+from compressor.quantize.inputs import input_gram, input_groups
 from compressor.quantize.rtn import rtn
 from compressor.walk import Stream, walk
 from tests.tiny import save_tiny, tokens
@@ -94,8 +94,19 @@ def test_scales_are_exact_in_the_dtype_they_are_stored_in(dtype: torch.dtype) ->
     for search in (True, False):
         scale = Grid(4, 8, dtype, search).scales(matrix())
         assert torch.equal(scale, scale.to(dtype).float())
+    small = matrix() * 1e-3
+    off = rtn(small, None, Grid(8, 8, dtype)).dequantize().float() - small
+    assert off.norm() < 0.01 * small.norm()
     zeros = rtn(torch.zeros(2, 8), None, Grid(4, 8, dtype))
     assert torch.equal(zeros.dequantize(), torch.zeros(2, 8, dtype=dtype))
+
+
+def test_unsearched_scale_spends_every_level() -> None:
+    weight = torch.tensor([[7.5, -1.2, 0.4, 3.6, -15.0, 9.9, 0.0, 2.0]])
+    grid = Grid(4, 4, torch.float32, search=False)
+    result = rtn(weight, None, grid)
+    assert result.scale.tolist() == [[1.0, 2.0]]
+    assert result.integers.tolist() == [[7, -1, 0, 4, -8, 5, 0, 1]]
 
 
 def test_searched_scales_lower_the_weighted_error() -> None:
@@ -243,6 +254,19 @@ def test_groups_are_found_by_watching(family: str, tmp_path: Path) -> None:
         groups = input_groups(step, decoder.blocks.linears(step.index))
         found = [{name.rpartition(".")[2] for name, _ in group} for group in groups]
         assert found == [set(group.split()) for group in GROUPS[family].split(", ")]
+
+
+def test_forwards_stop_at_the_linear_whose_inputs_are_wanted(tmp_path: Path) -> None:
+    save_tiny(tmp_path, "llama")
+    decoder = Decoder(tmp_path)
+    for step in walk(Stream(decoder, tokens(3), batch_size=2)):
+        linears = decoder.blocks.linears(step.index)
+        later: list[Tensor] = []
+        name = next(name for name in linears if name.endswith("down_proj"))
+        handle = linears[name].register_forward_pre_hook(lambda _, x, seen=later: seen.append(x[0]))
+        first = next(linear for name, linear in linears.items() if name.endswith("o_proj"))
+        assert input_gram(step, first).shape == (32, 32) and not later
+        handle.remove()
 
 
 def save_half(

@@ -166,7 +166,8 @@ class _FullWindows(Trainer):
         kept = {k: v for k, v in logs.items() if k in ("loss", "grad_norm", "learning_rate")}
         if kept:
             self.state.log_history.append({**kept, "step": self.state.global_step})
-            self.control = self.callback_handler.on_log(self.args, self.state, self.control, kept)
+            control: TrainerControl = self.control  # type: ignore[has-type]
+            self.control = self.callback_handler.on_log(self.args, self.state, control, kept)
 
 
 class _Report(TrainerCallback):

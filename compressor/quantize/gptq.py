@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -13,15 +13,8 @@ from compressor.quantize.grid import Grid, QuantizedWeight
 _BLOCK = 128
 _MOST_DAMP = 1.0
 
-
-class Nearest(Protocol):
-    """What the sweep needs of a grid: the nearest point of a column."""
-
-    def __call__(self, weight: Tensor, index: int) -> Tensor:
-        """Nearest grid values (O,) of column `index`.
-
-        `weight` (I, O) holds the columns as compensated so far.
-        """
+Nearest = Callable[[Tensor, int], Tensor]
+"""Nearest grid values (O,) of a column, given all columns (I, O) as compensated so far."""
 
 
 def gptq(

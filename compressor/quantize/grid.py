@@ -30,12 +30,12 @@ class Grid:
     @property
     def low(self) -> int:
         """Lowest integer."""
-        return -(2 ** (self.bits - 1))
+        return -(1 << self.bits - 1)
 
     @property
     def high(self) -> int:
         """Highest integer."""
-        return 2 ** (self.bits - 1) - 1
+        return (1 << self.bits - 1) - 1
 
     def scales(self, weight: Tensor, importance: Tensor | None = None) -> Tensor:
         """One scale per row and group: (O, I / group_size) float32, exact in `dtype`.
@@ -76,8 +76,8 @@ class Grid:
         return chosen
 
     def _storable(self, scale: Tensor) -> Tensor:
-        tiny = torch.finfo(self.dtype).tiny
-        return scale.to(self.dtype).float().clamp(min=tiny)
+        stored = scale.to(self.dtype).float()
+        return torch.where(stored > 0, stored, torch.finfo(self.dtype).tiny)
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class QuantizedWeight:
     damp: float = 0.0
 
     def dequantize(self) -> Tensor:
-        """w = q s, (O, I), multiplied in the dtype of the scale as every reader of the file does."""
+        """w = q s, (O, I), multiplied in the dtype of the scale, as readers of the file do."""
         groups = self.integers.to(self.scale.dtype).unflatten(1, (self.scale.shape[1], -1))
         return (groups * self.scale.unsqueeze(-1)).flatten(1)
 

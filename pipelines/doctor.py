@@ -1,0 +1,106 @@
+"""What this machine has, what is missing and the command that brings it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pipelines.table import size
+
+REQUIRED = (
+    "transformers", "safetensors", "accelerate", "peft", "bitsandbytes", "compressed-tensors",
+    "gguf", "pyarrow", "pydantic",
+)  # fmt: skip
+OPTIONAL = {
+    "onnx-ir": ("cpu", "writing ONNX"),
+    "datasets": ("hub", "hub data sets"),
+    "lm-eval": ("eval", "task evaluation"),
+}
+RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
+_LOW_DISK_BYTES = 10 * 2**30
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report; `fix` is a command, or empty when nothing is to be done."""
+
+    name: str
+    state: Literal["ok", "missing", "problem"]
+    found: str
+    fix: str = ""
+
+
+def report(store: Path) -> list[Check]:
+    """All checks, cheap ones first; imports torch and onnxruntime where they are there."""
+    return [
+        Check("python", "ok", f"{platform.python_version()} on {platform.platform()}"),
+        Check("cores", "ok", str(os.cpu_count())),
+        Check("memory", "ok", size(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))),
+        _disk(store),
+        _torch(),
+        *(_package(name, "pip install compress-llm", "needed") for name in REQUIRED),
+        *(
+            _package(name, f"pip install 'compress-llm[{extra}]'", purpose)
+            for name, (extra, purpose) in OPTIONAL.items()
+        ),
+        _runtime(),
+    ]
+
+
+def _disk(store: Path) -> Check:
+    there = next(p for p in (store.resolve(), *store.resolve().parents) if p.exists())
+    free = shutil.disk_usage(there).free
+    if free < _LOW_DISK_BYTES:
+        return Check("disk", "problem", f"{size(free)} free at {there}", "use --store ELSEWHERE")
+    return Check("disk", "ok", f"{size(free)} free at {there}")
+
+
+def _torch() -> Check:
+    if not _version("torch"):
+        return Check("torch", "missing", "-", "make install")
+    import torch
+
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
+    found = f"{torch.__version__} ({build}), {torch.get_num_threads()} threads"
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        return Check("torch", "ok", f"{found}; {', '.join(names)}")
+    if torch.version.cuda:
+        return Check("torch", "problem", f"{found}, but no CUDA device", "nvidia-smi")
+    if shutil.which("nvidia-smi"):
+        return Check("torch", "problem", f"{found} on a machine with a GPU", "make clean install")
+    return Check("torch", "ok", found)
+
+
+def _runtime() -> Check:
+    there = [name for name in RUNTIMES if _version(name)]
+    if not there:
+        return Check("onnxruntime", "missing", "-", "pip install 'compress-llm[cpu]' (or [gpu])")
+    if len(there) == 2:
+        return Check(
+            "onnxruntime",
+            "problem",
+            "both builds are installed and break each other",
+            "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'compress-llm[gpu]'",
+        )
+    import onnxruntime
+
+    providers = ", ".join(onnxruntime.get_available_providers())
+    return Check("onnxruntime", "ok", f"{there[0]} {_version(there[0])}: {providers}")
+
+
+def _package(name: str, fix: str, purpose: str) -> Check:
+    version = _version(name)
+    return Check(name, "ok", version) if version else Check(name, "missing", purpose, fix)
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
