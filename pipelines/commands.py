@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from compressor import artifact, progress
@@ -220,7 +221,7 @@ def doctor(store: Path, as_json: bool) -> None:
     for heading in ("check", "state", "found", "to mend it"):
         grid.add_column(heading)
     for check in checks:
-        grid.add_row(check.name, check.state, check.found, check.fix)
+        grid.add_row(*map(escape, (check.name, check.state, check.found, check.fix)))
     _stdout().print(grid)
 
 

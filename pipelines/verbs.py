@@ -90,7 +90,15 @@ def _verb(verb: str, role: str | None) -> Callable[[Callable[..., Any]], click.C
 
         command.__doc__ = build.__doc__
         command.__click_params__ = getattr(build, "__click_params__", [])  # type: ignore[attr-defined]
-        for option in (*_parameters(verb), *(TEXT if role else ()), OUT, STORE, JSON, QUIET, MODEL):
+        for option in (
+            QUIET,
+            JSON,
+            STORE,
+            OUT,
+            *(reversed(TEXT) if role else ()),
+            *reversed(_parameters(verb)),
+            MODEL,
+        ):
             command = option(command)
         return click.command(verb)(command)
 

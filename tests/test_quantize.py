@@ -300,6 +300,22 @@ def test_file_loads_in_plain_transformers(family: str, bits: int, tmp_path: Path
     torch.testing.assert_close(walked_logits(out, windows), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_readers_multiply_as_we_do(dtype: torch.dtype, tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    save_half(source, "llama", dtype)
+    quantize(source, out, None, "rtn", RtnParams(group_size=16))
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    with torch.no_grad():
+        loaded(tokens(1))  # weights expand at the first forward
+    decoder, dense = Decoder(source), dict(loaded.named_parameters())
+    for index in range(len(decoder.blocks)):
+        with decoder.resident(index):
+            for name, linear in decoder.blocks.linears(index).items():
+                ours = rtn(linear.weight.data, None, Grid(4, 16, dtype)).dequantize()
+                assert torch.equal(ours, dense[f"{name}.weight"].data), name
+
+
 def test_all_but_the_linears_is_copied_bitwise(tmp_path: Path) -> None:
     source, out = tmp_path / "source", tmp_path / "out"
     save_half(source, "opt", torch.bfloat16)
