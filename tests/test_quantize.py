@@ -97,6 +97,7 @@ def test_scales_are_exact_in_the_dtype_they_are_stored_in(dtype: torch.dtype) ->
     small = matrix() * 1e-3
     off = rtn(small, None, Grid(8, 8, dtype)).dequantize().float() - small
     assert off.norm() < 0.01 * small.norm()
+    assert (Grid(4, 8, dtype).scales(torch.full((2, 8), 1e-12)) > 0).all()
     zeros = rtn(torch.zeros(2, 8), None, Grid(4, 8, dtype))
     assert torch.equal(zeros.dequantize(), torch.zeros(2, 8, dtype=dtype))
 

@@ -1,0 +1,100 @@
+"""Checkpoint folders: sound ones round-trip, unsound ones are named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from compressor.checkpoint import INDEX, SINGLE, Checkpoint, CheckpointWriter
+from compressor.errors import CheckpointError
+
+TENSORS = {f"t{i}": torch.arange(i * 10, i * 10 + 10).half() for i in range(5)}
+
+
+def write(folder: Path, shard_bytes: int = 2**20) -> Path:
+    (folder / "side").mkdir(parents=True)
+    (folder / "side/tokenizer.json").write_text("{}")
+    out = folder / "out"
+    with CheckpointWriter(out, shard_bytes) as writer:
+        for name, tensor in TENSORS.items():
+            writer.add(name, tensor)
+        writer.finish({"model_type": "llama"}, [folder / "side/tokenizer.json"])
+    return out
+
+
+@pytest.mark.parametrize(("shard_bytes", "shards"), [(2**20, 1), (45, 3), (1, 5)])
+def test_round_trip(tmp_path: Path, shard_bytes: int, shards: int) -> None:
+    out = write(tmp_path, shard_bytes)
+    assert len(list(out.glob("*.safetensors"))) == shards
+    assert (out / INDEX).exists() is (shards > 1)
+    checkpoint = Checkpoint(out)
+    assert sorted(checkpoint.names) == sorted(TENSORS)
+    for name, tensor in TENSORS.items():
+        assert torch.equal(checkpoint.tensor(name), tensor)
+        assert checkpoint.shape(name) == (10,)
+    assert checkpoint.dtype == torch.float16
+    assert [p.name for p in checkpoint.side_files] == ["tokenizer.json"]
+    assert not checkpoint.quantized
+
+
+def test_an_aborted_write_leaves_no_checkpoint(tmp_path: Path) -> None:
+    with CheckpointWriter(tmp_path, 1) as writer:
+        writer.add("a", torch.ones(2))
+        writer.add("b", torch.ones(2))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"no model\.safetensors"):
+        Checkpoint(tmp_path)
+
+
+def test_missing_shard(tmp_path: Path) -> None:
+    out = write(tmp_path, 45)
+    next(out.glob("model-00002*")).unlink()
+    with pytest.raises(CheckpointError, match=r"model-00002.*missing"):
+        Checkpoint(out)
+
+
+@pytest.mark.parametrize("cut", [1, 40])
+def test_truncated_shard(tmp_path: Path, cut: int) -> None:
+    shard = write(tmp_path) / SINGLE
+    shard.write_bytes(shard.read_bytes()[:-cut])
+    with pytest.raises(CheckpointError, match="its header promises"):
+        Checkpoint(shard.parent)
+
+
+@pytest.mark.parametrize("content", [b"", b"short", b"\xff" * 64])
+def test_no_safetensors_file(tmp_path: Path, content: bytes) -> None:
+    shard = write(tmp_path) / SINGLE
+    shard.write_bytes(content)
+    with pytest.raises(CheckpointError, match="not a safetensors file"):
+        Checkpoint(shard.parent)
+
+
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "a/b.safetensors"])
+def test_index_may_not_leave_the_folder(tmp_path: Path, name: str) -> None:
+    out = write(tmp_path)
+    (out / INDEX).write_text(json.dumps({"weight_map": {"t0": name}}))
+    with pytest.raises(CheckpointError, match="points outside the folder"):
+        Checkpoint(out)
+
+
+def test_pickles_are_refused_with_a_remedy(tmp_path: Path) -> None:
+    out = write(tmp_path)
+    (out / SINGLE).rename(out / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pickled weights .* convert them"):
+        Checkpoint(out)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "\udcff"])
+def test_bad_config(tmp_path: Path, text: str) -> None:
+    out = write(tmp_path)
+    (out / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(CheckpointError, match=r"config\.json: (not valid|expected a) JSON"):
+        Checkpoint(out)
+
+
+def test_unknown_tensor(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no tensor named 'nope'"):
+        Checkpoint(write(tmp_path)).tensor("nope")
