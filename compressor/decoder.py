@@ -81,6 +81,7 @@ class Decoder:
         finally:
             block.load_state_dict(meta, assign=True)
 
+    @torch.no_grad()
     def embed(self, tokens: Tensor) -> Tensor:
         """Residual stream entering block 0, (B, T, D), from tokens (B, T).
 
@@ -106,6 +107,7 @@ class Decoder:
         block = self.blocks.layers[index]
         return hidden(type(block).forward(block, x.to(self.device), *args, **kwargs))
 
+    @torch.no_grad()
     def logits(self, x: Tensor) -> Tensor:
         """Logits (B, T, V) in float32 from the residual stream after the last block."""
         first = True

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
@@ -50,17 +49,16 @@ def evaluate(
     teacher = _Teacher(reference, device) if reference else None
     losses: list[float] = []
     divergence = agreement = 0.0
-    with torch.no_grad():
-        for index in range(len(tokens)):
-            row = slice(index, index + 1)
-            scores = log_softmax(decoder.logits(stream.x[row])[0, :-1], dim=-1)
-            targets = tokens[index, 1:].to(scores.device)
-            losses.append(-scores.gather(1, targets[:, None]).double().mean().item())
-            if teacher:
-                known = teacher.log_probabilities(row)
-                kl = kl_div(scores, known, reduction="none", log_target=True)
-                divergence += kl.sum(-1).double().mean().item()
-                agreement += (scores.argmax(-1) == known.argmax(-1)).double().mean().item()
+    for index in range(len(tokens)):
+        row = slice(index, index + 1)
+        scores = log_softmax(decoder.logits(stream.x[row])[0, :-1], dim=-1)
+        targets = tokens[index, 1:].to(scores.device)
+        losses.append(-scores.gather(1, targets[:, None]).double().mean().item())
+        if teacher:
+            known = teacher.log_probabilities(row)
+            kl = kl_div(scores, known, reduction="none", log_target=True)
+            divergence += kl.sum(-1).double().mean().item()
+            agreement += (scores.argmax(-1) == known.argmax(-1)).double().mean().item()
     if not teacher:
         save_file({"x": stream.x.contiguous()}, out / STATES)
     nll = math.fsum(losses) / len(losses)

@@ -53,7 +53,12 @@ class AngularDistance:
 
     @staticmethod
     def _pairs(units: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Yield (l, d(l, 1..L-l)) of one window from unit vectors (L+1, T, D)."""
+        """Yield (l, d(l, 1..L-l)) of one window from unit vectors (L+1, T, D).
+
+        arccos(u.v) = 2 atan2(|u - v|, |u + v|), which keeps its digits near 0 and pi.
+        """
+        units = units.double()
         for first in range(len(units) - 1):
-            cosine = (units[first + 1 :].double() * units[first].double()).sum(-1)
-            yield first, cosine.clamp(-1, 1).arccos().mean(-1) / math.pi
+            u, v = units[first], units[first + 1 :]
+            angle = 2 * torch.atan2((u - v).norm(dim=-1), (u + v).norm(dim=-1))
+            yield first, angle.mean(-1) / math.pi

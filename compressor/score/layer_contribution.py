@@ -57,9 +57,14 @@ class LayerContribution:
                 x = self._streams[skipped, window : window + 1]
                 skip = self._log_probabilities(decoder.logits(x))
                 p, q = (full, skip) if self._full_skip else (skip, full)
-                sums[skipped] += kl_div(q, p, reduction="sum", log_target=True).double() / len(p)
+                sums[skipped] += divergence(p, q)
         values = (sums / self._windows).tolist()
         return Scores(num_blocks=self._num_blocks, block={"layer_contribution": values})
 
     def _log_probabilities(self, logits: Tensor) -> Tensor:
         return log_softmax(logits[0, -1:] if self._last_only else logits[0], dim=-1)
+
+
+def divergence(p: Tensor, q: Tensor) -> float:
+    """KL(p || q) = sum p (log p - log q) in nats per token, of log-probabilities (T, V)."""
+    return float(kl_div(q, p, reduction="sum", log_target=True).double() / len(p))
