@@ -72,18 +72,22 @@ def windows(
     buffer: list[int] = []
     fresh = _fresh_then_used(source, tokenizer, seed, taken)
     for count, (key, tokens) in enumerate(fresh, start=1):
-        tokens = tokens[: body * (role.windows - len(found)) - len(buffer)]
-        buffer += tokens
-        taken[key] = taken.get(key, 0) + len(tokens)
-        while len(buffer) >= body and len(found) < role.windows:
-            window = torch.tensor(bos + buffer[:body])
-            buffer = buffer[body:]
+        position = 0
+        while position < len(tokens) and len(found) < role.windows:
+            piece = tokens[position : position + body - len(buffer)]
+            position += len(piece)
+            buffer += piece
+            if len(buffer) < body:
+                break
+            window = torch.tensor(bos + buffer)
+            buffer = []
             digest = _sha(window.numpy().tobytes())
             if digest in seen:
                 repeated += 1
             else:
                 seen.add(digest)
                 found.append(window)
+        taken[key] = taken.get(key, 0) + position
         if len(found) == role.windows:
             return Windows(torch.stack(found), taken, frozenset(seen), count, repeated)
     raise TextError(

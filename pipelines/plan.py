@@ -130,6 +130,8 @@ class _Planner:
         params: dict[str, Any] = {n: p.model_dump(mode="json") for n, p in asked.methods.items()}
         if asked.verb == "heal":
             params["seed"] = self.head.seed
+        if asked.verb == "export":  # the graph is timed with the same settings
+            params["evaluate"] = self.head.evaluate.model_dump(mode="json")
         before = sum(stage.verb == asked.verb for stage in self.done)
         label = f"{asked.verb} {before + 1}" if before else asked.verb
         stage = self._add(

@@ -1,0 +1,86 @@
+"""Quality against transformers' own loss and naive formulas; sizes; speed."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from compressor.evaluate.quality import STATES, Reference, evaluate, parameters
+from compressor.evaluate.speed import measure
+from compressor.quantize import RtnParams
+from compressor.quantize.driver import quantize
+from compressor.timing import tokens_per_second
+from tests.tiny import save_tiny, tokens
+
+WINDOWS = tokens(5, 16)
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Any, Any, Path]:
+    """Two different tiny models, in tmp/a and tmp/b."""
+    a = save_tiny(tmp_path / "a", "llama")
+    b = save_tiny(tmp_path / "b", "llama", seed=1)
+    return a, b, tmp_path
+
+
+def test_nll_is_transformers_own(pair: tuple[Any, Any, Path]) -> None:
+    model, _, folder = pair
+    found = evaluate(folder / "a", WINDOWS, folder, batch_size=2)
+    with torch.no_grad():
+        own = [float(model(row[None], labels=row[None]).loss) for row in WINDOWS]
+    assert found["window_nll"] == pytest.approx(own, abs=1e-5)
+    assert found["nll"] == pytest.approx(sum(own) / 5, abs=1e-5)
+    assert found["perplexity"] == pytest.approx(math.exp(sum(own) / 5), rel=1e-5)
+    assert found["protocol"] == {
+        "windows": 5, "length": 16, "stride": 16, "predicted_tokens": 75,
+    }  # fmt: skip
+    assert (found["kl"], found["top1_agreement"]) == (None, None)
+    assert (folder / STATES).is_file()
+
+
+def test_a_model_agrees_with_itself(pair: tuple[Any, Any, Path]) -> None:
+    folder = pair[2]
+    evaluate(folder / "a", WINDOWS, folder)
+    again = evaluate(folder / "a", WINDOWS, folder, reference=Reference(folder / "a", folder))
+    assert again["kl"] == pytest.approx(0, abs=1e-9)
+    assert again["top1_agreement"] == 1
+
+
+def test_kl_is_of_the_reference_against_the_model(pair: tuple[Any, Any, Path]) -> None:
+    a, b, folder = pair
+    evaluate(folder / "a", WINDOWS, folder)
+    found = evaluate(folder / "b", WINDOWS, folder, reference=Reference(folder / "a", folder))
+    with torch.no_grad():
+        p, q = (m(WINDOWS).logits[:, :-1].double().log_softmax(-1) for m in (a, b))
+    assert found["kl"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-5)
+    same = (p.argmax(-1) == q.argmax(-1)).double().mean()
+    assert found["top1_agreement"] == pytest.approx(float(same))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_parameters_are_counted_from_headers(tied: bool, tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "dense", "llama", tie_word_embeddings=tied)
+    count = sum(p.numel() for p in model.parameters())
+    assert parameters(tmp_path / "dense") == count
+    quantize(tmp_path / "dense", tmp_path / "packed", None, "rtn", RtnParams(group_size=16))
+    assert parameters(tmp_path / "packed") == count
+
+
+def test_speed_is_measured(tmp_path: Path) -> None:
+    save_tiny(tmp_path, "llama")
+    found = measure(tmp_path, prompt_tokens=8, new_tokens=4, repeats=2, device="cpu")
+    for kind in ("prefill", "decode"):
+        assert 0 < found[kind]["min"] <= found[kind]["median"] <= found[kind]["max"]
+
+
+def test_the_warm_up_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([0.0, 1.0, 10.0, 12.0, 20.0, 24.0])
+    monkeypatch.setattr("compressor.timing.time.perf_counter", lambda: next(times))
+    calls: list[int] = []
+    found = tokens_per_second(lambda: calls.append(1), 8, 3)
+    assert len(calls) == 4
+    assert found == {"median": 4.0, "min": 2.0, "max": 8.0}

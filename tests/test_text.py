@@ -1,0 +1,204 @@
+"""Texts in: every kind of file, full windows, roles that never share one."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
+
+from compressor import text
+from compressor.errors import SourceError, TextError
+from compressor.sources import TextRole, TextSource
+from compressor.text import documents, windows
+from tests.tiny import save_corpus, save_tokenizer
+
+SHARED = Path(__file__).parents[2] / "shared/data"
+ROWS = [{"text": f"w{i} w{i + 1}", "other": i} for i in range(3, 9)]
+TEXTS = [row["text"] for row in ROWS]
+TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Any:
+    """Word-level, with end of text and without bos."""
+    save_tokenizer(tmp_path / "tokenizer")
+    return AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> TextSource:
+    """60 documents of 51 tokens each, end of text included."""
+    save_corpus(tmp_path / "corpus.jsonl")
+    return TextSource(path=str(tmp_path / "corpus.jsonl"), field="text")
+
+
+def write(folder: Path, kind: str) -> Path:
+    path = folder / f"data.{kind}"
+    if kind == "jsonl":
+        path.write_text("\n".join(map(json.dumps, ROWS)) + "\n\n")
+    elif kind == "list.json":
+        path.write_text(json.dumps(ROWS))
+    elif kind == "object.json":
+        path.write_text(json.dumps({str(i): row for i, row in enumerate(ROWS)}))
+    else:
+        import pyarrow
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+    return path
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "gzip"])
+@pytest.mark.parametrize("kind", ["jsonl", "list.json", "object.json", "parquet"])
+def test_every_kind_of_file(kind: str, packed: bool, tmp_path: Path, tokenizer: Any) -> None:
+    path = write(tmp_path, kind)
+    if packed:
+        path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+        path = path.with_name(f"{path.name}.gz")
+    assert list(documents(TextSource(path=str(path), field="text"), tokenizer)) == TEXTS
+
+
+def test_a_txt_file_is_one_document(tmp_path: Path, tokenizer: Any) -> None:
+    (tmp_path / "a.txt").write_text("w3 w4\n\nw5")
+    assert list(documents(TextSource(path=str(tmp_path / "a.txt")), tokenizer)) == ["w3 w4\n\nw5"]
+
+
+def test_a_file_of_an_installed_package(tmp_path: Path, tokenizer: Any, monkeypatch: Any) -> None:
+    site = tmp_path / "site"
+    (site / "corpus_pkg").mkdir(parents=True)
+    (site / "corpus_pkg/__init__.py").write_text("raise SystemExit('imported')")
+    (site / "corpus_pkg/data.jsonl").write_text(json.dumps(ROWS[0]))
+    (site / "corpus_pkg-1.dist-info").mkdir()
+    (site / "corpus_pkg-1.dist-info/METADATA").write_text("Name: corpus-pkg\nVersion: 1\n")
+    listing = "corpus_pkg/__init__.py,,\ncorpus_pkg/data.jsonl,,\n"
+    (site / "corpus_pkg-1.dist-info/RECORD").write_text(listing)
+    monkeypatch.syspath_prepend(str(site))
+    good = TextSource(package="corpus-pkg", file="corpus_pkg/data.jsonl", field="text")
+    assert list(documents(good, tokenizer)) == TEXTS[:1]
+    with pytest.raises(SourceError, match=r"did you mean 'corpus_pkg/data\.jsonl'"):
+        list(documents(TextSource(package="corpus-pkg", file="corpus_pkg/dat.jsonl"), tokenizer))
+    with pytest.raises(SourceError, match=r"not installed; run: pip install --no-deps nope"):
+        list(documents(TextSource(package="nope", file="a"), tokenizer))
+
+
+def test_chat_goes_through_the_models_template(tmp_path: Path, tokenizer: Any) -> None:
+    tokenizer.chat_template = TEMPLATE
+    messages = [{"role": "user", "content": "w3"}, {"role": "assistant", "content": "w4"}]
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps({"messages": messages, "prompt": "w3", "response": "w4"}))
+    for chat in ("messages", ("prompt", "response")):
+        source = TextSource(path=str(path), chat=chat)
+        assert list(documents(source, tokenizer)) == ["user: w3\nassistant: w4\n"]
+    tokenizer.chat_template = None
+    with pytest.raises(TextError, match="no chat template"):
+        list(documents(TextSource(path=str(path), chat="messages"), tokenizer))
+
+
+def test_windows_are_full_seeded_and_counted(corpus: TextSource, tokenizer: Any) -> None:
+    role = TextRole(windows=7, length=20)
+    first = windows(corpus, tokenizer, role, seed=0)
+    assert first.tokens.shape == (7, 20)
+    assert first.tokens.dtype == torch.int64
+    assert first.documents == 3
+    assert sum(first.used.values()) == 140
+    assert first.digest == windows(corpus, tokenizer, role, seed=0).digest
+    assert first.digest != windows(corpus, tokenizer, role, seed=1).digest
+    assert (first.tokens.flatten()[50], first.tokens.flatten()[101]) == (2, 2)
+
+
+def test_roles_share_no_document(corpus: TextSource, tokenizer: Any) -> None:
+    role = TextRole(windows=20, length=30)
+    first = windows(corpus, tokenizer, role, seed=0)
+    second = windows(corpus, tokenizer, role, seed=0, used=first.used, hashes=first.hashes)
+    assert first.used.keys() < second.used.keys()
+    assert all(second.used[key] == count for key, count in first.used.items())
+    rows = {tuple(row.tolist()) for row in first.tokens}
+    assert not rows & {tuple(row.tolist()) for row in second.tokens}
+
+
+def test_one_long_document_goes_on_behind_what_was_taken(tmp_path: Path, tokenizer: Any) -> None:
+    words = [f"w{3 + i % 91}" for i in range(100)]
+    (tmp_path / "a.txt").write_text(" ".join(words))
+    source = TextSource(path=str(tmp_path / "a.txt"))
+    role = TextRole(windows=2, length=20)
+    first = windows(source, tokenizer, role, seed=0)
+    second = windows(source, tokenizer, role, seed=0, used=first.used, hashes=first.hashes)
+    ids = tokenizer(" ".join(words))["input_ids"]
+    assert first.tokens.flatten().tolist() == ids[:40]
+    assert second.tokens.flatten().tolist() == ids[40:80]
+
+
+def test_a_window_an_earlier_role_has_is_dropped(tmp_path: Path, tokenizer: Any) -> None:
+    for name, extra in (("a", "w3"), ("b", "w4")):
+        (tmp_path / f"{name}.txt").write_text("w5 " * 10 + f"{extra} " * 20)
+    role = TextRole(windows=1, length=10)
+    first = windows(TextSource(path=str(tmp_path / "a.txt")), tokenizer, role, seed=0)
+    other = TextSource(path=str(tmp_path / "b.txt"))
+    second = windows(other, tokenizer, role, seed=0, used=first.used, hashes=first.hashes)
+    assert second.repeated == 1
+    assert second.tokens.tolist() == [[4] * 10]
+
+
+def test_every_window_begins_with_bos_where_texts_do(corpus: TextSource, tokenizer: Any) -> None:
+    plain = windows(corpus, tokenizer, TextRole(windows=3, length=19), seed=0)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    found = windows(corpus, tokenizer, TextRole(windows=3, length=20), seed=0)
+    assert found.tokens[:, 0].tolist() == [1, 1, 1]
+    assert torch.equal(found.tokens[:, 1:], plain.tokens)
+
+
+def test_shuffling_is_bounded_and_complete(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text, "SHUFFLE_BUFFER", 10)
+    items = [str(i) for i in range(100)]
+    shuffled = list(text._shuffled(iter(items), 0))
+    assert sorted(shuffled) == sorted(items)
+    assert shuffled != items
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "settings", "said"),
+    [
+        ("a.jsonl", b'{"text": "w3"}\n{bad\n', {"field": "text"}, r"a\.jsonl:2: not valid JSON"),
+        ("a.jsonl", b'{"text": "w3"}\n', {"field": "txt"}, "did you mean 'text'"),
+        ("a.jsonl", b'{"text": "w3"}\n', {}, "say which holds the text"),
+        ("a.jsonl", b'{"m": "w3"}\n', {"chat": "m"}, "no list of messages"),
+        ("a.txt", b"", {}, "0 windows of 8 tokens found, 2 wanted"),
+        ("a.txt", b"w3 w4 w5 w6 w7 w8 w9 w10 w11", {}, "1 windows of 8 tokens found"),
+        ("a.txt", b"w3 \xff", {}, "cannot be read as UTF-8"),
+        ("a.txt.gz", b"no gzip", {}, "cannot be read as UTF-8"),
+        ("a.parquet", b"no parquet", {"field": "text"}, "not a readable parquet"),
+        ("a.csv", b"", {}, "expected .txt, .jsonl, .json or .parquet"),
+        ("a.jsonl", b"[1, 2]\n", {"field": "text"}, "expected records with fields, got list"),
+    ],
+)
+def test_what_cannot_be_read_is_explained(
+    name: str, content: bytes, settings: dict[str, Any], said: str, tmp_path: Path, tokenizer: Any
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    source = TextSource(path=str(tmp_path / name), **settings)
+    with pytest.raises(TextError, match=said):
+        windows(source, tokenizer, TextRole(windows=2, length=8), seed=0)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not there")
+def test_real_files(tokenizer: Any) -> None:
+    first = {
+        "wikitext2-tokenized/valid-head.txt": {},
+        "c4-calib/c4.utf8.gz": {},
+        "piqa/piqa_valid.jsonl": {"field": "query"},
+    }
+    for name, settings in first.items():
+        source = TextSource(path=str(SHARED / name), **settings)
+        assert len(next(iter(documents(source, tokenizer)))) > 10
+    tokenizer.chat_template = TEMPLATE
+    dolly = SHARED / "dolly-hhrlhf-small/dolly_hhrlhf_train_small.jsonl"
+    source = TextSource(path=str(dolly), chat=("prompt", "response"))
+    assert next(iter(documents(source, tokenizer))).startswith("user: ")
