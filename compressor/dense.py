@@ -39,7 +39,7 @@ class DenseReader:
         return self._locate(name) is not None
 
     def read(self, name: str) -> Tensor:
-        """Return a weight in the dtype it is stored in (packed: the dtype of its scales)."""
+        """Return a weight in the dtype it is stored in, a packed one exactly, in float32."""
         stored = self._locate(name)
         if stored is None:
             raise CheckpointError(f"{self.checkpoint.folder}: no weight for {name!r}")
@@ -62,7 +62,7 @@ class DenseReader:
             raise CheckpointError(f"{module}: asymmetric pack-quantized weights are not read")
         integers = unpack_from_int32(packed, self._bits(module), shape)
         group = shape[1] // scale.shape[1]
-        weight = integers.view(shape[0], -1, group).to(scale.dtype) * scale.unsqueeze(-1)
+        weight = integers.view(shape[0], -1, group).float() * scale.float().unsqueeze(-1)
         return weight.view(shape)
 
     def _bits(self, module: str) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import logging
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import tqdm
 import transformers
@@ -16,10 +18,16 @@ def silence_libraries() -> None:
     Errors still raise. Some libraries switch their bars on explicitly, past every setting,
     so the bar itself is told to stay off.
     """
-    tqdm.tqdm.__init__ = functools.partialmethod(  # type: ignore[method-assign,assignment]
-        tqdm.tqdm.__init__, disable=True
-    )
+    tqdm.tqdm.__init__ = _silent(tqdm.tqdm.__init__)  # type: ignore[method-assign]
     warnings.simplefilter("ignore")
     for name in ("bitsandbytes", "peft", "accelerate", "compressed_tensors", "torch"):
         logging.getLogger(name).setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
+
+
+def _silent(start: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(start)
+    def disabled(*args: Any, **kwargs: Any) -> None:
+        start(*args, **{**kwargs, "disable": True})
+
+    return disabled

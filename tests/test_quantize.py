@@ -301,12 +301,16 @@ def test_file_loads_in_plain_transformers(family: str, bits: int, tmp_path: Path
     torch.testing.assert_close(walked_logits(out, windows), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("read_as", [torch.float32, None], ids=["float32", "stored"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_readers_multiply_as_we_do(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_readers_multiply_as_we_do(
+    dtype: torch.dtype, read_as: torch.dtype | None, tmp_path: Path
+) -> None:
+    """Exactly in float32, and rounded once in half precision."""
     source, out = tmp_path / "source", tmp_path / "out"
     save_half(source, "llama", dtype)
     quantize(source, out, None, "rtn", RtnParams(group_size=16))
-    loaded = AutoModelForCausalLM.from_pretrained(out)
+    loaded = AutoModelForCausalLM.from_pretrained(out, dtype=read_as or "auto")
     with torch.no_grad():
         loaded(tokens(1))  # weights expand at the first forward
     decoder, dense = Decoder(source), dict(loaded.named_parameters())
@@ -314,7 +318,7 @@ def test_readers_multiply_as_we_do(dtype: torch.dtype, tmp_path: Path) -> None:
         with decoder.resident(index):
             for name, linear in decoder.blocks.linears(index).items():
                 ours = rtn(linear.weight.data, None, Grid(4, 16, dtype)).dequantize()
-                assert torch.equal(ours, dense[f"{name}.weight"].data), name
+                assert torch.equal(ours.to(read_as or dtype), dense[f"{name}.weight"].data), name
 
 
 def test_all_but_the_linears_is_copied_bitwise(tmp_path: Path) -> None:

@@ -95,9 +95,9 @@ class QuantizedWeight:
     damp: float = 0.0
 
     def dequantize(self) -> Tensor:
-        """w = q s, (O, I), multiplied in the dtype of the scale, as readers of the file do."""
-        groups = self.integers.to(self.scale.dtype).unflatten(1, (self.scale.shape[1], -1))
-        return (groups * self.scale.unsqueeze(-1)).flatten(1)
+        """w = q s, (O, I) float32, which holds the product of 8 bits and a half exactly."""
+        groups = self.integers.float().unflatten(1, (self.scale.shape[1], -1))
+        return (groups * self.scale.float().unsqueeze(-1)).flatten(1)
 
     def split(self, rows: list[int]) -> Iterator[QuantizedWeight]:
         """Yield the matrices that were stacked, `rows` outputs each."""

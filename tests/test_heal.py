@@ -1,0 +1,190 @@
+"""Healing: learns, merges exactly, resumes to the bit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from compressor.blocks import Blocks
+from compressor.checkpoint import Checkpoint
+from compressor.errors import HealingError
+from compressor.heal import LoraParams, QloraParams, train
+from compressor.heal.merge import merge
+from compressor.heal.train import heal, target_names
+from tests.tiny import FAMILIES, save_tiny, tiny, tokens
+
+WINDOWS = tokens(6, 16)
+PARAMS = LoraParams(rank=4, steps=8, warmup_steps=2, batch_size=2, save_every=3, learning_rate=1e-2)
+
+
+def run(
+    folder: Path, params: LoraParams = PARAMS, name: str = "out"
+) -> tuple[dict[str, Any], Path]:
+    """Heal tmp/source into tmp/<name>."""
+    out = folder / name
+    out.mkdir()
+    work = folder / f"{name}-work"
+    return heal(folder / "source", out, work, WINDOWS, params, seed=0, device="cpu"), out
+
+
+def digest(out: Path) -> str:
+    return hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest()
+
+
+def test_it_learns_what_it_is_shown(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "source", "llama")
+    params = PARAMS.model_copy(update={"steps": 60, "targets": "all", "save_every": 100})
+    report, out = run(tmp_path, params)
+    healed = AutoModelForCausalLM.from_pretrained(out)
+    with torch.no_grad():
+        before, after = (float(m(WINDOWS, labels=WINDOWS).loss) for m in (model, healed))
+    assert after < 0.8 * before
+    assert report["tokens"] == 60 * 2 * 16
+    assert report["passes"] == 20
+    assert report["last_loss"] < report["first_loss"]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "phi3"])
+def test_merged_is_base_plus_adapter(family: str, tmp_path: Path) -> None:
+    save_tiny(tmp_path / "source", family)
+    _, out = run(tmp_path, PARAMS.model_copy(update={"targets": "all", "alpha": 7.0}))
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "source")
+    with torch.no_grad():
+        plain = base(WINDOWS).logits
+        adapted = PeftModel.from_pretrained(base, str(out / "adapter")).eval()(WINDOWS).logits
+        merged = AutoModelForCausalLM.from_pretrained(out).eval()(WINDOWS).logits
+    assert (adapted - plain).abs().max() > 1e-2
+    torch.testing.assert_close(merged, adapted, rtol=1e-4, atol=1e-4)
+
+
+def test_zero_adapter_changes_no_bit(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "source", "llama").half().save_pretrained(tmp_path / "source")
+    _, out = run(tmp_path)
+    path = out / "adapter/adapter_model.safetensors"
+    weights = load_file(path)
+    zeros = {n: torch.zeros_like(w) if "lora_B" in n else w for n, w in weights.items()}
+    assert any(weights[n].any() for n in weights if "lora_B" in n)
+    save_file(zeros, path)
+    merge(tmp_path / "source", out / "adapter", tmp_path / "merged")
+    before, after = Checkpoint(tmp_path / "source"), Checkpoint(tmp_path / "merged")
+    assert sorted(before.names) == sorted(after.names)
+    assert all(torch.equal(before.tensor(n), after.tensor(n)) for n in before.names)
+
+
+def test_only_the_targets_change(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "source", "llama", tie_word_embeddings=True)
+    _, out = run(tmp_path)
+    before, after = Checkpoint(tmp_path / "source"), Checkpoint(out)
+    assert sorted(before.names) == sorted(after.names)
+    changed = {n for n in before.names if not torch.equal(before.tensor(n), after.tensor(n))}
+    assert changed == {n for n in before.names if ".mlp." in n}
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_targets_are_found_in_every_family(family: str) -> None:
+    blocks = Blocks(tiny(family))
+    ffn, everything = target_names(blocks, "ffn"), target_names(blocks, "all")
+    assert len(ffn) == 4 * {"phi3": 2, "gpt2": 2, "opt": 2, "gpt_neox": 2}.get(family, 3)
+    assert set(ffn) < set(everything)
+    assert not any("attn" in name or "attention" in name for name in ffn)
+
+
+def test_qlora_trains_on_four_bits_and_merges_into_dense_weights(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "source", "llama", hidden_size=64, intermediate_size=64)
+    params = QloraParams(**PARAMS.model_dump())
+    adapted = train._adapted(tmp_path / "source", params, "cpu")
+    inner = [m for n, m in adapted.named_modules() if n.endswith("up_proj.base_layer")]
+    assert len(inner) == 4
+    assert all(isinstance(m, Linear4bit) and m.weight.quant_type == "nf4" for m in inner)
+    assert all(m.weight.quant_state.nested for m in inner)
+    _, out = run(tmp_path, params)
+    before, after = Checkpoint(tmp_path / "source"), Checkpoint(out)
+    name = "model.layers.1.mlp.up_proj.weight"
+    difference = (before.tensor(name) - after.tensor(name)).norm() / before.tensor(name).norm()
+    assert 0 < difference < 0.05  # the adapter alone; four bits would be off by more
+    assert "quantization_config" not in after.config
+
+
+class Stop(Exception):
+    """Stands in for the end of the process."""
+
+
+def interrupted(folder: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> Path:
+    """Run until `step` and stop; returns the work folder."""
+    on_log = train._Report.on_log
+
+    def stopping(self: Any, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        on_log(self, args, state, control, **rest)
+        if state.global_step == step:
+            raise Stop
+
+    monkeypatch.setattr(train._Report, "on_log", stopping)
+    with pytest.raises(Stop):
+        run(folder, name="cut")
+    monkeypatch.undo()
+    shutil.rmtree(folder / "cut")
+    return folder / "cut-work"
+
+
+@pytest.mark.parametrize("damage", ["none", "no state", "half a state", "no optimizer yet"])
+def test_resumes_to_the_same_bits(
+    damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny(tmp_path / "source", "llama")
+    _, whole = run(tmp_path)
+    work = interrupted(tmp_path, monkeypatch, 7)
+    assert sorted(p.name for p in work.iterdir()) == ["checkpoint-3", "checkpoint-6"]
+    newest = work / "checkpoint-6"
+    state = newest / "trainer_state.json"
+    if damage != "none":
+        text = state.read_text()
+        state.unlink()
+        if damage == "half a state":
+            state.write_text(text[: len(text) // 2])
+        if damage == "no optimizer yet":
+            (newest / "optimizer.pt").unlink()
+    starts: list[int] = []
+    begin = train._Report.on_train_begin
+
+    def watched(self: Any, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        starts.append(state.global_step)
+        begin(self, args, state, control, **rest)
+
+    monkeypatch.setattr(train._Report, "on_train_begin", watched)
+    _, again = run(tmp_path, name="cut")
+    assert starts == [6 if damage == "none" else 3]
+    assert digest(again) == digest(whole)
+    assert (again / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+
+
+def test_metrics_are_one_row_per_step_without_clock(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "source", "llama")
+    _, out = run(tmp_path)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    assert all(row.keys() == {"grad_norm", "learning_rate", "loss", "step"} for row in rows)
+
+
+def test_lost_loss_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = save_tiny(tmp_path / "source", "llama")
+    with torch.no_grad():
+        model.model.norm.weight.fill_(torch.inf)
+    model.save_pretrained(tmp_path / "source")
+    with pytest.raises(HealingError, match=r"the loss is nan at step 1; lower heal\.learning_rate"):
+        run(tmp_path)
+
+
+def test_uneven_batches_are_refused(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "source", "llama")
+    with pytest.raises(HealingError, match="batch_size 3 is not a multiple of micro_batch_size 2"):
+        run(tmp_path, PARAMS.model_copy(update={"batch_size": 3, "micro_batch_size": 2}))
