@@ -6,12 +6,14 @@ import gzip
 import hashlib
 import json
 import random
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -144,7 +146,7 @@ def _records(source: TextSource) -> Iterator[Any]:
     try:
         with opener(path, "rb") as file:
             yield from readers[kind](file, path)
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise TextError(f"{path}: cannot be read as UTF-8 text ({error})") from error
 
 
@@ -160,6 +162,8 @@ def _lines(file: IO[bytes], path: Path) -> Iterator[Any]:
 
 def _json(file: IO[bytes], path: Path) -> Iterable[Any]:
     value = _parsed(file.read(), str(path))
+    if not isinstance(value, dict | list):
+        raise TextError(f"{path}: expected a list or object of records, got {value!r:.40}")
     return value.values() if isinstance(value, dict) else value
 
 
@@ -222,16 +226,21 @@ def _field(record: Any, field: str | None, source: TextSource) -> str:
 
 def _chat(record: Any, source: TextSource, tokenizer: PreTrainedTokenizerBase) -> str:
     if isinstance(source.chat, str):
-        if not isinstance(record, dict) or not isinstance(record.get(source.chat), list):
+        messages = record.get(source.chat) if isinstance(record, dict) else None
+        if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
             raise TextError(f"{_name(source)}: field {source.chat!r} holds no list of messages")
-        messages = record[source.chat]
     else:
         assert source.chat is not None
         prompt, response = (_field(record, name, source) for name in source.chat)
         messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
     if not tokenizer.chat_template:
         raise TextError("the model's tokenizer has no chat template; use `field`, not `chat`")
-    return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except TemplateError as error:
+        raise TextError(
+            f"{_name(source)}: the model's chat template refuses a conversation ({error})"
+        ) from error
 
 
 def _shuffled(items: Iterator[str], seed: int) -> Iterator[str]:

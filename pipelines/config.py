@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from compressor.errors import ConfigError, did_you_mean
 from compressor.evaluate import EvaluateParams
@@ -83,6 +83,8 @@ def load(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     except MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ConfigError(f"{path}:{line}: not valid YAML: {error.problem}") from error
+    except YAMLError as error:  # a control character has no mark
+        raise ConfigError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected keys such as name, model, text, stages")
     for override in overrides:
@@ -134,21 +136,30 @@ def _wanted(
 ) -> dict[str, tuple[dict[str, Any], Path_]]:
     """{method: (its parameters, where they stand)} as written in one stage."""
     table = methods(verb)
-    if isinstance(body, list):
-        body = dict.fromkeys(body)
-    body = dict(body or {}) if isinstance(body, dict) or body is None else {"method": body}
+    body = dict(_spelt_out(verb, body))
     if verb == "score":
         wanted = {name: (value or {}, (*path, name)) for name, value in body.items()}
         if not wanted:
             faults.append((path, f"name at least one score; known: {', '.join(sorted(table))}"))
     else:
-        name = body.pop("method", next(iter(table)))
+        name = str(body.pop("method", next(iter(table))))
         wanted = {name: (body, path)}
     for name in [n for n in wanted if n not in table]:
         faults.append(
             (wanted.pop(name)[1], f"unknown method {name!r}{did_you_mean(str(name), table)}")
         )
     return wanted
+
+
+def _spelt_out(verb: str, body: Any) -> dict[str, Any]:
+    """A stage's body as a mapping, whether it was left out, one name or a list of scores."""
+    if isinstance(body, dict):
+        return body
+    if body is None:
+        return {}
+    if verb == "score":
+        return dict.fromkeys(map(str, body if isinstance(body, list) else [body]))
+    return {"method": body}
 
 
 def _build(
@@ -192,7 +203,10 @@ def _override(tree: Any, override: str) -> None:
     if not equals or not dotted:
         raise ConfigError(f"--set {override}: expected key=value, such as heal.steps=20")
     *parents, last = dotted.removeprefix("stages.").split(".")
-    value = YAML(typ="safe").load(text)
+    try:
+        value = YAML(typ="safe").load(text)
+    except YAMLError as error:
+        raise ConfigError(f"--set {override}: {text!r} is not a YAML value") from error
     nodes: list[Any] = [tree]
     if parents and parents[0] in VERBS:
         nodes = _stages_of(tree, parents.pop(0), override)
@@ -206,12 +220,12 @@ def _override(tree: Any, override: str) -> None:
 
 def _stages_of(tree: Any, verb: str, override: str) -> list[Any]:
     found = []
-    for index, item in enumerate(tree.get("stages") or []):
+    items = tree.get("stages")
+    for index, item in enumerate(items if isinstance(items, list) else []):
         if item == verb:
             tree["stages"][index] = item = {verb: {}}
         if isinstance(item, dict) and verb in item:
-            if not isinstance(item[verb], dict):
-                item[verb] = {"method": item[verb]} if item[verb] else {}
+            item[verb] = _spelt_out(verb, item[verb])
             found.append(item[verb])
     if not found:
         raise ConfigError(f"--set {override}: the file has no stage {verb!r}")

@@ -14,7 +14,7 @@ from pipelines.table import size
 
 REQUIRED = (
     "transformers", "safetensors", "accelerate", "peft", "bitsandbytes", "compressed-tensors",
-    "gguf", "pyarrow", "pydantic",
+    "gguf", "sentencepiece", "pyarrow", "numpy", "pydantic", "click", "rich", "ruamel.yaml", "tqdm",
 )  # fmt: skip
 OPTIONAL = {
     "onnx-ir": ("cpu", "writing ONNX"),
@@ -88,8 +88,11 @@ def _runtime() -> Check:
             "both builds are installed and break each other",
             "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'compress-llm[gpu]'",
         )
-    import onnxruntime
-
+    try:
+        import onnxruntime
+    except ImportError as error:
+        fix = f"pip install --force-reinstall {there[0]}"
+        return Check("onnxruntime", "problem", f"{there[0]} cannot be imported ({error})", fix)
     providers = ", ".join(onnxruntime.get_available_providers())
     return Check("onnxruntime", "ok", f"{there[0]} {_version(there[0])}: {providers}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -134,6 +135,7 @@ def export(job: Job) -> dict[str, Any]:
     if timing.speed and "onnx" in result:
         from compressor.export.session import measure
 
+        os.sync()  # or writing back the files just made would be timed too
         result["onnx"]["speed"] = measure(
             job.out / "onnx",
             device=job.device,

@@ -86,11 +86,18 @@ def _row(name: str, maker: dict[str, Any], metrics: dict[str, Any]) -> dict[str,
         "perplexity": metrics.get("perplexity"),
         "kl": metrics.get("kl"),
         "agreement": metrics.get("top1_agreement"),
-        "prefill": (speed.get("prefill") or {}).get("median"),
-        "decode": (speed.get("decode") or {}).get("median"),
+        "prefill": speed.get("prefill"),
+        "decode": speed.get("decode"),
         "seconds": maker["seconds"],
         "peak_bytes": maker["peak_bytes"],
     }
+
+
+def rate(speed: dict[str, float], digits: int) -> str:
+    """Median tokens/s and the farthest repetition from it."""
+    median = speed["median"]
+    spread = max(speed["max"] - median, median - speed["min"])
+    return f"{median:.{digits}f} ±{spread:.{digits}f}"
 
 
 def size(count: float) -> str:
@@ -110,8 +117,8 @@ _FORMAT: dict[str, Callable[[Any], str]] = {
     "perplexity": lambda p: f"{p:.2f}" if p < 1e4 else f"{p:.2e}",
     "kl": lambda k: f"{k:.3f}",
     "agreement": lambda a: f"{100 * a:.1f} %",
-    "prefill": lambda s: f"{s:.1f}",
-    "decode": lambda s: f"{s:.1f}",
+    "prefill": lambda s: rate(s, 0),
+    "decode": lambda s: rate(s, 1),
     "seconds": lambda s: f"{s:.1f}",
     "peak_bytes": size,
 }

@@ -72,6 +72,9 @@ def test_stages_and_defaults(tmp_path: Path) -> None:
         ("n: 2, ", "", r":11: stages\[1\]\.select\.n: Field required"),
         ("- prune", "- {prune: , export: }", r":12: stages\[2\]: expected one verb"),
         ("- export", "- export: [", r":16: not valid YAML|:15: not valid YAML"),
+        ("name: good", "name: a\0b", "not valid YAML: unacceptable character"),
+        ("method: lora", "method: [lora]", r":13: .*unknown method .*'lora'"),
+        ("quantize: rtn", "quantize: [rtn, gptq]", r":14: .*unknown method"),
         ("name: good", "name: ../evil", r":1: name: .*pattern"),
         ("name: good\n", "name: good\nname: bad\n", "not valid YAML"),
     ],
@@ -95,6 +98,14 @@ def test_an_override_reaches_every_stage_of_its_verb(override: str, tmp_path: Pa
     assert config.stages[3].methods["lora"].model_dump()["steps"] == 9
 
 
+@pytest.mark.parametrize("body", ["lamp", "[lamp]", "{lamp: }"])
+def test_an_override_reaches_a_score_however_it_is_spelt(body: str, tmp_path: Path) -> None:
+    text = GOOD[: GOOD.index("stages:")] + f"stages:\n  - score: {body}\n"
+    assert list(load(write(tmp_path, text)).stages[0].methods) == ["lamp"]
+    (stage,) = load(tmp_path / "run.yaml", ("score.lamp.sparsity=0.2",)).stages
+    assert stage.methods["lamp"].model_dump() == {"sparsity": 0.2}
+
+
 def test_overrides_of_the_head_and_of_bare_stages(tmp_path: Path) -> None:
     overrides = ("model.path=other", "seed=3", "text.calibration.windows=2", "quantize.bits=8",
                  "text.calibration.length=16", "export.formats=[onnx]")  # fmt: skip
@@ -109,6 +120,8 @@ def test_overrides_of_the_head_and_of_bare_stages(tmp_path: Path) -> None:
     ("override", "said"),
     [
         ("heal.steps", "expected key=value"),
+        ("heal.steps=[1", "not a YAML value"),
+        ("evaluate.sped=false", "did you mean 'speed'"),
         ("heal.stepps=3", "did you mean 'steps'"),
         ("score.lampp.sparsity=0.1", "did you mean 'lamp'"),
         ("name.x=3", "does not lead to a key"),
@@ -117,6 +130,13 @@ def test_overrides_of_the_head_and_of_bare_stages(tmp_path: Path) -> None:
 def test_bad_overrides_are_explained(override: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=said):
         load(write(tmp_path, GOOD), (override,))
+
+
+def test_an_override_of_a_stage_that_is_not_there(tmp_path: Path) -> None:
+    head = GOOD[: GOOD.index("stages:")]
+    for stages in ("stages: 3\n", "stages: [export]\n", ""):
+        with pytest.raises(ConfigError, match="the file has no stage 'heal'"):
+            load(write(tmp_path, head + stages), ("heal.steps=3",))
 
 
 def test_files_that_are_no_configuration(tmp_path: Path) -> None:

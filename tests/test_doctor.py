@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipelines import doctor
-from pipelines.doctor import report
+from pipelines.doctor import OPTIONAL, REQUIRED, report
+
+PROJECT = Path(__file__).parents[1] / "pyproject.toml"
 
 
 def test_everything_here_is_reported(tmp_path: Path) -> None:
@@ -15,6 +21,37 @@ def test_everything_here_is_reported(tmp_path: Path) -> None:
     assert {"python", "torch", "memory", "disk", "transformers", "onnxruntime"} <= checks.keys()
     assert checks["torch"].state == "ok"
     assert all(check.fix for check in checks.values() if check.state != "ok")
+
+
+def test_the_lists_are_those_of_the_project() -> None:
+    project = tomllib.loads(PROJECT.read_text())["project"]
+    names = {re.split(r"[^\w.-]", line)[0] for line in project["dependencies"]}
+    assert {*REQUIRED, "torch"} == names
+    for name, (extra, _) in OPTIONAL.items():
+        assert any(line.startswith(name) for line in project["optional-dependencies"][extra])
+
+
+def test_a_full_disk_and_a_missing_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(doctor, "_LOW_DISK_BYTES", 2**80)
+    monkeypatch.setattr(doctor, "_version", lambda name: "")
+    checks = {check.name: check for check in report(tmp_path)}
+    assert checks["disk"].state == "problem"
+    assert {checks[name].state for name in (*REQUIRED, "torch", "onnxruntime")} == {"missing"}
+
+
+def test_a_cpu_build_beside_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    for driver, state in (("/usr/bin/nvidia-smi", "problem"), (None, "ok")):
+        monkeypatch.setattr(doctor.shutil, "which", lambda name, driver=driver: driver)
+        assert {c.name: c for c in report(tmp_path)}["torch"].state == state
+
+
+def test_a_runtime_that_does_not_import(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.setattr(doctor, "_version", lambda name: "" if "gpu" in name else "1.0")
+    check = {check.name: check for check in report(tmp_path)}["onnxruntime"]
+    assert (check.state, check.fix) == ("problem", "pip install --force-reinstall onnxruntime")
 
 
 def test_both_onnxruntimes_are_a_problem(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_hook
+from transformers import LlamaForCausalLM
 
 from compressor.evaluate.quality import STATES, Reference, evaluate, parameters
 from compressor.evaluate.speed import measure
@@ -75,6 +77,19 @@ def test_speed_is_measured(tmp_path: Path) -> None:
     found = measure(tmp_path, prompt_tokens=8, new_tokens=4, repeats=2, device="cpu")
     for kind in ("prefill", "decode"):
         assert 0 < found[kind]["min"] <= found[kind]["median"] <= found[kind]["max"]
+
+
+def test_speed_runs_every_token_it_counts(tmp_path: Path) -> None:
+    save_tiny(tmp_path, "llama")
+    lengths: list[int] = []
+
+    def note(module: Any, args: Any, output: Any) -> None:
+        if isinstance(module, LlamaForCausalLM):
+            lengths.append(args[0].shape[1])
+
+    with register_module_forward_hook(note):
+        measure(tmp_path, prompt_tokens=8, new_tokens=4, repeats=2, device="cpu")
+    assert lengths == [8] + 3 * [8] + 3 * 4 * [1]
 
 
 def test_the_warm_up_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:

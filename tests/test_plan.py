@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from compressor.errors import ConfigError
-from pipelines.config import parse
+from pipelines.config import methods, parse
 from pipelines.plan import Stage, plan
 
 PINS = {
@@ -72,11 +77,33 @@ def test_keys_are_stable_and_pinned() -> None:
     assert stages()[0].key.startswith("461f280024108fed")
 
 
+def test_keys_are_the_same_in_every_process() -> None:
+    """Sets iterate in another order under another hash seed; keys must not."""
+    code = "from tests.test_plan import stages; print(*(s.key for s in stages()), sep='\\n')"
+    for seed in ("1", "2"):
+        told = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=Path(__file__).parents[1],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.split()
+        assert told == [s.key for s in stages()]
+
+
 def test_only_the_content_of_sources_counts() -> None:
     assert changed(stages(), stages(model={"path": "elsewhere"})) == []
     assert changed(stages(), stages(name="q", device="cpu", batch_size=2)) == []
-    other = plan(parse(tree(), "test"), PINS | {"model": "sha256:other"})
-    assert len(changed(stages(), other)) == 14
+    text = tree()["text"]
+    moved = text | {"source": {"path": "elsewhere.jsonl", "field": "text"}}
+    assert changed(stages(), stages(text=moved)) == []
+    other = text | {"source": {"path": "corpus.jsonl", "field": "body"}}
+    assert "text evaluation" in changed(stages(), stages(text=other))
+    repinned = plan(parse(tree(), "test"), PINS | {"model": "sha256:other"})
+    assert len(changed(stages(), repinned)) == 14
+    retold = plan(parse(tree(), "test"), PINS | {"healing": "sha256:other"})
+    assert changed(stages(), retold)[:2] == ["text healing", "heal"]
 
 
 def test_a_parameter_reaches_only_what_depends_on_it() -> None:
@@ -89,6 +116,41 @@ def test_a_parameter_reaches_only_what_depends_on_it() -> None:
     assert changed(stages(), stages(evaluate={"speed": False})) == [
         "evaluate original", "evaluate prune", "evaluate heal", "evaluate quantize", "export",
     ]  # fmt: skip
+
+
+def test_the_seed_reaches_texts_and_healing() -> None:
+    roles = ["text evaluation", "text calibration", "text healing"]
+    assert changed(stages(), stages(seed=1))[:3] == roles
+    assert {s.label for s in stages() if "seed" in s.params} == {*roles, "heal"}
+    fixed = {"text": {}, "stages": [{"select": {"method": "fixed", "blocks": [1]}}, "prune"]}
+    assert changed(stages(**fixed), stages(**fixed, seed=1)) == []
+
+
+def test_a_version_reaches_only_what_depends_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = stages()
+    table = methods("quantize")
+    name = next(iter(table))
+    newer = dataclasses.replace(table[name], version=table[name].version + 1)
+    monkeypatch.setitem(table, name, newer)
+    assert changed(before, stages()) == ["quantize", "evaluate quantize", "export"]
+
+
+def test_the_order_of_scores_does_not_count() -> None:
+    one, two = (
+        stages(stages=[{"score": names}])
+        for names in (["lamp", "block_influence"], ["block_influence", "lamp"])
+    )
+    assert changed(one, two) == []
+
+
+def test_scores_and_selections_are_spent_by_pruning() -> None:
+    """Block numbers of the model before do not fit the model after."""
+    scored = [{"score": ["lamp"]}, {"select": {"n": 1}}, "prune"]
+    with pytest.raises(ConfigError, match="'prune' needs selection"):
+        stages(stages=[*scored, "prune"])
+    again = {s.label: s for s in stages(stages=[*scored, {"select": {"n": 1}}, "prune"])}
+    assert sorted(again["select"].inputs) == ["checkpoint", "scores"]
+    assert sorted(again["select 2"].inputs) == ["checkpoint"]
 
 
 def test_stages_repeat() -> None:

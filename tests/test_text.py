@@ -112,6 +112,15 @@ def test_windows_are_full_seeded_and_counted(corpus: TextSource, tokenizer: Any)
     assert (first.tokens.flatten()[50], first.tokens.flatten()[101]) == (2, 2)
 
 
+def test_blank_documents_are_passed_over(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [{"text": t} for t in ("", " \n", None, "w3 w4 w5")]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = TextSource(path=str(tmp_path / "a.jsonl"), field="text")
+    found = windows(source, tokenizer, TextRole(windows=1, length=4), seed=0)
+    assert found.tokens.tolist() == [[3, 4, 5, 2]]
+    assert found.documents == 1
+
+
 def test_roles_share_no_document(corpus: TextSource, tokenizer: Any) -> None:
     role = TextRole(windows=20, length=30)
     first = windows(corpus, tokenizer, role, seed=0)
@@ -132,6 +141,19 @@ def test_one_long_document_goes_on_behind_what_was_taken(tmp_path: Path, tokeniz
     ids = tokenizer(" ".join(words))["input_ids"]
     assert first.tokens.flatten().tolist() == ids[:40]
     assert second.tokens.flatten().tolist() == ids[40:80]
+
+
+def test_what_was_taken_adds_up_over_roles(tmp_path: Path, tokenizer: Any) -> None:
+    """Windows of three lengths never look alike, so only the counts keep roles apart."""
+    words = " ".join(f"w{3 + i % 91}" for i in range(100))
+    (tmp_path / "a.txt").write_text(words)
+    source, ids = TextSource(path=str(tmp_path / "a.txt")), tokenizer(words)["input_ids"]
+    used: dict[str, int] = {}
+    for length, start in ((20, 0), (30, 20), (25, 50)):
+        found = windows(source, tokenizer, TextRole(windows=1, length=length), seed=0, used=used)
+        assert found.tokens.flatten().tolist() == ids[start : start + length]
+        used = found.used
+    assert list(used.values()) == [75]
 
 
 def test_a_window_an_earlier_role_has_is_dropped(tmp_path: Path, tokenizer: Any) -> None:
@@ -163,6 +185,20 @@ def test_shuffling_is_bounded_and_complete(monkeypatch: pytest.MonkeyPatch) -> N
     assert shuffled != items
 
 
+def test_a_conversation_the_template_refuses(tmp_path: Path, tokenizer: Any) -> None:
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    (tmp_path / "a.jsonl").write_text(json.dumps({"m": [{"role": "user", "content": "w3"}]}))
+    with pytest.raises(TextError, match=r"a\.jsonl: .*template refuses .*roles must alternate"):
+        list(documents(TextSource(path=str(tmp_path / "a.jsonl"), chat="m"), tokenizer))
+
+
+def _broken_gzip() -> bytes:
+    """A sound header over a damaged deflate stream."""
+    data = bytearray(gzip.compress(b"w3 w4 w5 w6" * 1000, mtime=0))
+    data[10] = 0xFF  # block type 3, which deflate reserves
+    return bytes(data)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "settings", "said"),
     [
@@ -170,10 +206,15 @@ def test_shuffling_is_bounded_and_complete(monkeypatch: pytest.MonkeyPatch) -> N
         ("a.jsonl", b'{"text": "w3"}\n', {"field": "txt"}, "did you mean 'text'"),
         ("a.jsonl", b'{"text": "w3"}\n', {}, "say which holds the text"),
         ("a.jsonl", b'{"m": "w3"}\n', {"chat": "m"}, "no list of messages"),
+        ("a.jsonl", b'{"m": ["w3"]}\n', {"chat": "m"}, "no list of messages"),
+        ("a.json", b"3", {"field": "text"}, "expected a list or object of records, got 3"),
+        ("a.json", b'"w3 w4"', {}, "expected a list or object of records, got 'w3 w4'"),
         ("a.txt", b"", {}, "0 windows of 8 tokens found, 2 wanted"),
         ("a.txt", b"w3 w4 w5 w6 w7 w8 w9 w10 w11", {}, "1 windows of 8 tokens found"),
         ("a.txt", b"w3 \xff", {}, "cannot be read as UTF-8"),
         ("a.txt.gz", b"no gzip", {}, "cannot be read as UTF-8"),
+        ("a.txt.gz", gzip.compress(b"w3 w4")[:-9], {}, "ended before the end-of-stream"),
+        ("a.txt.gz", _broken_gzip(), {}, "invalid block type"),
         ("a.parquet", b"no parquet", {"field": "text"}, "not a readable parquet"),
         ("a.csv", b"", {}, "expected .txt, .jsonl, .json or .parquet"),
         ("a.jsonl", b"[1, 2]\n", {"field": "text"}, "expected records with fields, got list"),

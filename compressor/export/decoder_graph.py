@@ -45,9 +45,11 @@ def build(folder: Path, weights: Weights, out: Path, dtype: torch.dtype) -> Path
     """
     config: Any = AutoConfig.from_pretrained(folder)
     _check(config)
-    builder = _Decoder(Graph(out, dtype), weights, config)
-    builder.rotary(folder)
-    return builder.emit()
+    with Graph(out, dtype) as graph:
+        builder = _Decoder(graph, weights, config)
+        builder.rotary(folder)
+        builder.emit()
+        return graph.save()
 
 
 class _Decoder:
@@ -77,7 +79,7 @@ class _Decoder:
         self.cos = self.g.weight("cos_cache", angles.cos() * rotary.attention_scaling)
         self.sin = self.g.weight("sin_cache", angles.sin() * rotary.attention_scaling)
 
-    def emit(self) -> Path:
+    def emit(self) -> None:
         """All nodes, in the order in which the model reads."""
         g, blocks = self.g, self.config.num_hidden_layers
         ids = g.input("input_ids", torch.int64, ["batch", "sequence"])
@@ -96,7 +98,6 @@ class _Decoder:
         g.output(logits, "logits", ["batch", "sequence", self.config.vocab_size])
         for value, name in self.presents:
             g.output(value, name, ["batch", self.kv_heads, "total", self.head_dim])
-        return g.save()
 
     def block(self, index: int, x: ir.Value, last: ir.Value, total: ir.Value) -> ir.Value:
         """One decoder block: pre-norm, or OLMo 2's norms on the sublayers' outputs."""

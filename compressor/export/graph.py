@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,8 @@ class Graph:
     """An ONNX graph under construction.
 
     Every weight is appended to the data file as it is added, at a multiple of 4096 bytes so
-    that runtimes can map it; memory never holds more than one tensor.
+    that runtimes can map it; memory never holds more than one tensor. A context manager,
+    so that the file is closed whatever happens.
     """
 
     def __init__(self, folder: Path, dtype: torch.dtype) -> None:
@@ -93,9 +95,20 @@ class Graph:
         self._nodes.append(node)
         return node.outputs[0] if outputs == 1 else list(node.outputs)
 
-    def save(self) -> Path:
-        """Close the data file and write model.onnx beside it."""
+    def __enter__(self) -> Graph:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._data.close()
+
+    def save(self) -> Path:
+        """Write model.onnx beside the data file."""
+        self._data.flush()
         graph = ir.Graph(
             self._inputs,
             self._outputs,
