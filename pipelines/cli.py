@@ -34,6 +34,16 @@ COMMANDS = {
     "doctor": ("pipelines.commands:doctor", "Check this machine and say what is missing."),
 }
 
+ENVIRONMENT = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TQDM_DISABLE": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    # Threads that spin at barriers slow torch down several times on a machine that is shared.
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
+"""Defaults for the libraries, set before any is imported; what the user has set stays."""
+
 
 class LazyGroup(click.Group):
     """A group whose commands are imported when they are called, not when they are listed."""
@@ -81,10 +91,8 @@ def cli() -> None:
 
 def main() -> None:
     """Run the command line and turn every error into one line and an exit code."""
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     sys.excepthook = _last_resort
     try:
         code = cli.main(standalone_mode=False)

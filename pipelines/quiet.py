@@ -12,6 +12,7 @@ import tqdm
 import transformers
 
 
+@functools.cache
 def silence_libraries() -> None:
     """Turn off foreign progress bars, deprecation notices and information logs.
 

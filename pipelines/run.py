@@ -132,9 +132,7 @@ def _build(stage: Stage, config: RunConfig, store: Store) -> None:
     from pipelines.quiet import silence_libraries
 
     silence_libraries()
-    device = config.head.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = _device(config.head.device)
     torch.manual_seed(config.head.seed)
     reset_peak()
     began = time.monotonic()
@@ -160,19 +158,28 @@ def _build(stage: Stage, config: RunConfig, store: Store) -> None:
             )
             store.commit(draft, manifest)
         except (OSError, RuntimeError, SafetensorError) as error:
-            raise _full_disk(error, store.root) from error
+            if not _disk_is_full(error):
+                raise
+            free = shutil.disk_usage(store.root).free / 2**30
+            raise ArtifactError(
+                f"{store.root}: the disk is full ({free:.1f} GiB free); finished stages are kept; "
+                "make room, or give another folder with --store, and run the same command again"
+            ) from error
 
 
-def _full_disk(error: Exception, root: Path) -> Exception:
-    """A clear error for a full disk, which every library reports in its own way."""
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-    if not full and "No space left" not in str(error):
-        return error
-    free = shutil.disk_usage(root).free / 2**30
-    return ArtifactError(
-        f"{root}: the disk is full ({free:.1f} GiB free); finished stages are kept; make room, or "
-        "give another folder with --store, and run the same command again"
-    )
+def _device(asked: str) -> str:
+    import torch
+
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    if asked == "cuda" and found == "cpu":
+        raise ConfigError("device: cuda, but torch sees no CUDA device; see: compress doctor")
+    return found if asked == "auto" else asked
+
+
+def _disk_is_full(error: Exception) -> bool:
+    """Whether a library, each in its own way, ran out of disk."""
+    number = getattr(error, "errno", None)
+    return number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
 
 
 def _record(config: RunConfig, stages: list[Stage], store: Store) -> dict[str, Any]:

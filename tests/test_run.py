@@ -99,27 +99,20 @@ def test_the_record_is_complete(project: Path) -> None:
 
 def test_exports_load_without_our_code(project: Path) -> None:
     exports = record(project)["exports"]
-    script = (
-        "import sys, torch, onnxruntime, numpy as np\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()\n"
-        "AutoTokenizer.from_pretrained(sys.argv[2])\n"
-        "session = onnxruntime.InferenceSession(sys.argv[2] + '/model.onnx')\n"
-        "ids = np.arange(3, 19).reshape(2, 8)\n"
-        "feeds = {'input_ids': ids, 'attention_mask': np.ones_like(ids)}\n"
-        "for i in session.get_inputs()[2:]:\n"
-        "    feeds[i.name] = np.zeros((2, i.shape[1], 0, i.shape[3]), np.float32)\n"
-        "a = session.run(['logits'], feeds)[0]\n"
-        "b = model(torch.from_numpy(ids)).logits.detach().numpy()\n"
-        "assert not any(m.split('.')[0] in ('compressor', 'pipelines') for m in sys.modules)\n"
-        "print(abs(a - b).max())\n"
-    )
+    script = Path(__file__).with_name("plain_runtimes.py")
     done = subprocess.run(
-        [sys.executable, "-c", script, exports["safetensors"], exports["onnx"]],
-        capture_output=True, text=True, check=False, cwd=project,
-    )  # fmt: skip
+        [sys.executable, str(script), exports["safetensors"], exports["onnx"]],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=project,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+    )
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 1e-3
+    report = json.loads(done.stdout)
+    assert report["same_tokens"]
+    assert report["largest_logit_difference"] < 1e-3
+    assert report["our_modules_imported"] == []
 
 
 def test_second_run_does_nothing(project: Path) -> None:
@@ -254,6 +247,7 @@ def test_a_verb_alone_delivers_a_folder(project: Path) -> None:
         ),
         (["run", "tiny.yaml", "--set", "text.evaluation.windows=4000"], 1, "give more text"),
         (["run", "tiny.yaml", "--set", "model.path=nowhere"], 1, "nowhere: no such file or folder"),
+        (["run", "tiny.yaml", "--set", "device=cuda", "--force"], 1, "sees no CUDA device"),
         (["prune", "model"], 2, "exactly one of --selection and --blocks"),
         (["prune", "model", "--blocks", "7"], 1, "do not exist in a model of 4"),
         (["score", "model", "--method", "lampp"], 1, "did you mean 'lamp'"),

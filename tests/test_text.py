@@ -100,6 +100,18 @@ def test_chat_goes_through_the_models_template(tmp_path: Path, tokenizer: Any) -
         list(documents(TextSource(path=str(path), chat="messages"), tokenizer))
 
 
+def test_hub_data_sets_are_streamed(tmp_path: Path, tokenizer: Any) -> None:
+    """The data set library reads a local folder as it reads the hub."""
+    pytest.importorskip("datasets", reason="the extra `hub` is not installed")
+    (tmp_path / "corpus").mkdir()
+    write(tmp_path / "corpus", "jsonl")
+    source = TextSource(dataset=str(tmp_path / "corpus"), field="text")
+    assert list(documents(source, tokenizer)) == TEXTS
+    missing = TextSource(dataset=str(tmp_path / "corpus"), field="text", split="nope")
+    with pytest.raises(TextError, match=r"cannot be read .* check its name"):
+        list(documents(missing, tokenizer))
+
+
 def test_windows_are_full_seeded_and_counted(corpus: TextSource, tokenizer: Any) -> None:
     role = TextRole(windows=7, length=20)
     first = windows(corpus, tokenizer, role, seed=0)
