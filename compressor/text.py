@@ -221,7 +221,12 @@ def _field(record: Any, field: str | None, source: TextSource) -> str:
         raise TextError(
             f"{_name(source)}: no field {field!r}{did_you_mean(field, map(str, record))}"
         )
-    return str(record[field] or "")
+    value = record[field]
+    if not isinstance(value, str | None):
+        raise TextError(
+            f"{_name(source)}: field {field!r} holds {type(value).__name__}, expected text"
+        )
+    return value or ""
 
 
 def _chat(record: Any, source: TextSource, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -160,7 +160,9 @@ class _Planner:
         if verb == "prune":
             inputs["selection"] = self._need("selection", verb, "put a select stage before it")
         for role in sorted(roles):
-            inputs[role] = self._need(role, verb, f"add text.{role} to the configuration")
+            inputs[role] = self._need(
+                role, verb, f"add text.{role} to the configuration, or give --text"
+            )
         return inputs
 
     def _optional(self, role: str) -> dict[str, Stage]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from compressor.errors import ConfigError, SelectionError
 from compressor.records import Scores, Selection
@@ -65,7 +66,10 @@ class _YamlValue(click.ParamType[Any]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Read `4`, `true`, `[1, 2]` or a word."""
-        return YAML(typ="safe").load(value) if isinstance(value, str) else value
+        try:
+            return YAML(typ="safe").load(value) if isinstance(value, str) else value
+        except YAMLError:
+            self.fail(f"{value!r} is not a YAML value", param, ctx)
 
 
 def _verb(verb: str, role: str | None) -> Callable[[Callable[..., Any]], click.Command]:
@@ -113,7 +117,7 @@ def score(method: str | None = None, **params: Any) -> list[Any]:
     compress score MODEL --method angular_distance,block_influence --text corpus.txt -o scores
     """
     table = configuration.methods("score")
-    names = method.split(",") if method else list(table)
+    names = method.split(",") if method else [next(iter(table))]
     chosen: dict[str, dict[str, Any]] = {}
     for name in names:
         known = table[name].params.model_fields if name in table else params
@@ -199,7 +203,7 @@ def select(
     compress select scores --method contiguous -n 6 -o selection.json
     """
     body: dict[str, Any] = {"method": method, "n": n, "score": score}
-    body["protect"] = [int(b) for b in protect.split(",")] if protect else None
+    body["protect"] = protect.split(",") if protect else None
     body = {key: value for key, value in body.items() if value is not None}
     tree = {"name": "select", "model": {"path": "."}, "stages": [{"select": body}]}
     (stage,) = configuration.parse(tree, "compress select").stages

@@ -165,7 +165,7 @@ def test_lamp_density_is_that_of_one_global_sort(model: tuple[Any, Path], sparsi
 def test_layer_contribution_is_bypassing_one_by_one(
     model: tuple[Any, Path], direction: str, positions: str, count: int
 ) -> None:
-    params = LayerContributionParams(windows=count, direction=direction, positions=positions)
+    params = LayerContributionParams(max_windows=count, direction=direction, positions=positions)
     found = ask(model[1], "layer_contribution", params).block["layer_contribution"]
     used = WINDOWS[:count]
     with torch.no_grad():
@@ -201,7 +201,10 @@ def test_all_scores_share_one_walk(
     assert set(found.block) == set(methods)
     calls.clear()
     score(
-        model[1], WINDOWS, {"layer_contribution": LayerContributionParams(windows=2)}, batch_size=2
+        model[1],
+        WINDOWS,
+        {"layer_contribution": LayerContributionParams(max_windows=2)},
+        batch_size=2,
     )
     assert len(calls) == L * 3 + L * (L - 1) // 2
 

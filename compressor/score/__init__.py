@@ -28,7 +28,9 @@ class LampParams(Params):
 class LayerContributionParams(Params):
     """Parameters of the layer contribution."""
 
-    windows: int = Field(4, gt=0, description="calibration windows to use; costs (L+1)/2 forwards")
+    max_windows: int = Field(
+        4, gt=0, description="calibration windows to use at most; costs (L+1)/2 forwards"
+    )
     positions: Literal["last", "all"] = Field("all", description="tokens whose outputs count")
     direction: Literal["full_skip", "skip_full"] = Field(
         "full_skip", description="KL(full || skipped) or KL(skipped || full)"

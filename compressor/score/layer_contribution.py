@@ -21,10 +21,10 @@ class LayerContribution:
     """
 
     def __init__(
-        self, num_blocks: int, tokens: Tensor, *, windows: int, positions: str, direction: str
+        self, num_blocks: int, tokens: Tensor, *, max_windows: int, positions: str, direction: str
     ) -> None:
-        """Prepare for the first `windows` of tokens (N, T)."""
-        self._windows = min(windows, len(tokens))
+        """Prepare for the first `max_windows` of tokens (N, T)."""
+        self._windows = min(max_windows, len(tokens))
         self._last_only = positions == "last"
         self._full_skip = direction == "full_skip"
         self._num_blocks = num_blocks
