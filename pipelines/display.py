@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -30,6 +31,7 @@ from pipelines.run import Event
 
 console = Console(stderr=True)
 _LINE_EVERY_SECONDS = 15
+_WIDE = 124  # columns that hold the summary upright; below, stages stand side by side
 
 
 class Bars:
@@ -110,12 +112,16 @@ def print_plan(stages: list[Stage], store: Store, to: Console) -> None:
 
 def print_summary(record: dict[str, Any], to: Console) -> None:
     """The table at the end of a run, its protocol, what healing closed, where the exports are."""
-    grid = Table(title=record["name"], caption=table.protocol(record))
-    for index, heading in enumerate(table.HEADINGS.values()):
+    lines = [list(table.HEADINGS.values()), *(table.cells(row) for row in table.rows(record))]
+    if to.width < _WIDE:
+        lines = [list(column) for column in zip(*lines, strict=True)]
+    grid = Table(title=record["name"], box=SIMPLE_HEAD, pad_edge=False)
+    for index, heading in enumerate(lines[0]):
         grid.add_column(heading, justify="right" if index else "left")
-    for row in table.rows(record):
-        grid.add_row(*table.cells(row))
+    for line in lines[1:]:
+        grid.add_row(*line)
     to.print(grid)
+    to.print(table.protocol(record), highlight=False)
     if closed := table.healing(record):
         to.print(closed, highlight=False)
     for stage in record["stages"]:

@@ -8,15 +8,15 @@ from typing import Any
 HEADINGS = {
     "stage": "stage",
     "blocks": "blocks",
-    "parameters": "parameters",
+    "parameters": "weights",
     "bytes": "size",
     "perplexity": "perplexity",
-    "kl": "KL to original",
-    "agreement": "top-1 agreement",
+    "kl": "KL",
+    "agreement": "top-1",
     "prefill": "prefill tok/s",
     "decode": "decode tok/s",
     "seconds": "seconds",
-    "peak_bytes": "peak memory",
+    "peak_bytes": "peak",
 }
 
 
@@ -46,7 +46,8 @@ def protocol(record: dict[str, Any]) -> str:
             p = stage["metrics"]["protocol"]
             return (
                 f"perplexity over {p['windows']} held-out windows of {p['length']} tokens "
-                f"({p['predicted_tokens']:,} predicted tokens, stride {p['stride']})"
+                f"({p['predicted_tokens']:,} predicted tokens, stride {p['stride']}); KL (nats per "
+                "token) and top-1 agreement are against the original"
             )
     return "no text.evaluation in the configuration, so no perplexity"
 

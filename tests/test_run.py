@@ -120,7 +120,7 @@ def test_second_run_does_nothing(project: Path) -> None:
     assert json.loads(again.stdout)["built"] == []
     spoken = compress(project, "run", "tiny.yaml")
     assert "nothing to do" in spoken.stderr
-    assert "perplexity" in spoken.stdout
+    assert "perplexity over 4 held-out windows" in spoken.stdout
 
 
 def test_one_change_runs_only_what_depends_on_it(project: Path) -> None:
