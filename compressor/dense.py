@@ -36,31 +36,34 @@ class DenseReader:
 
     def has(self, name: str) -> bool:
         """Whether a weight of this name can be read."""
-        return self._locate(name) is not None
+        return self.locate(name) is not None
 
     def read(self, name: str) -> Tensor:
         """Return a weight in the dtype it is stored in, a packed one exactly, in float32."""
-        stored = self._locate(name)
+        stored = self.locate(name)
         if stored is None:
             raise CheckpointError(f"{self.checkpoint.folder}: no weight for {name!r}")
         if stored in self.checkpoint:
             return self.checkpoint.tensor(stored)
-        return self._unpack(stored.removesuffix(".weight"))
+        return self._unpack(
+            stored.removesuffix(".weight"), self._bits(name.removesuffix(".weight"))
+        )
 
-    def _locate(self, name: str) -> str | None:
+    def locate(self, name: str) -> str | None:
+        """The name under which a weight is stored, dense or packed; None when there is none."""
         for candidate in (self._renamed.get(name, name), name, name.partition(".")[2]):
             packed = candidate.removesuffix("weight") + PACKED
             if candidate in self.checkpoint or packed in self.checkpoint:
                 return candidate
         return None
 
-    def _unpack(self, module: str) -> Tensor:
+    def _unpack(self, module: str, bits: int) -> Tensor:
         packed = self.checkpoint.tensor(f"{module}.{PACKED}")
         shape = torch.Size(self.checkpoint.tensor(f"{module}.weight_shape").tolist())
         scale = self.checkpoint.tensor(f"{module}.weight_scale")
         if f"{module}.weight_zero_point" in self.checkpoint:
             raise CheckpointError(f"{module}: asymmetric pack-quantized weights are not read")
-        integers = unpack_from_int32(packed, self._bits(module), shape)
+        integers = unpack_from_int32(packed, bits, shape)
         group = shape[1] // scale.shape[1]
         weight = integers.view(shape[0], -1, group).float() * scale.float().unsqueeze(-1)
         return weight.view(shape)

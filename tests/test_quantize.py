@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -410,3 +411,21 @@ def test_what_no_runtime_loads_is_refused(tmp_path: Path) -> None:
     quantize(tmp_path / "llama", tmp_path / "once", None, "rtn", RtnParams(group_size=16))
     with pytest.raises(QuantizationError, match="already quantized"):
         quantize(tmp_path / "once", tmp_path / "twice", None, "rtn", RtnParams(group_size=16))
+
+
+def test_names_without_the_models_first_part_are_packed_once(tmp_path: Path) -> None:
+    """Old checkpoints of some families were saved from the inner model."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    save_tiny(source, "llama", tie_word_embeddings=True)
+    weights = load_file(source / "model.safetensors")
+    inner = {name.removeprefix("model."): weight for name, weight in weights.items()}
+    save_file(inner, source / "model.safetensors", metadata={"format": "pt"})
+    quantize(source, out, None, "rtn", RtnParams(group_size=16))
+    names = Checkpoint(out).names
+    assert "layers.0.mlp.up_proj.weight_packed" in names
+    assert not any(name.endswith("_proj.weight") for name in names)
+    loaded, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not info["missing_keys"]
+    with torch.no_grad():
+        expected = loaded(tokens()).logits
+    torch.testing.assert_close(walked_logits(out, tokens()), expected, rtol=1e-5, atol=1e-5)

@@ -49,11 +49,13 @@ class PackedWriter:
         """Write one block: its linears in integers, its norms and biases as they were."""
         for name, result in results.items():
             rows, columns = result.integers.shape
+            stored = self._decoder.reader.locate(f"{name}.weight") or f"{name}.weight"
+            stem = stored.removesuffix(".weight")
             packed = pack_to_int32(result.integers, self._grid.bits)
-            self._writer.add(f"{name}.{PACKED}", packed)
-            self._writer.add(f"{name}.weight_scale", result.scale)
-            self._writer.add(f"{name}.weight_shape", torch.tensor([rows, columns]))
-            self._done.add(f"{name}.weight")
+            self._writer.add(f"{stem}.{PACKED}", packed)
+            self._writer.add(f"{stem}.weight_scale", result.scale)
+            self._writer.add(f"{stem}.weight_shape", torch.tensor([rows, columns]))
+            self._done.add(stored)
             self._weights += rows * columns
             self._bits += 8 * (packed.nbytes + result.scale.nbytes)
 
