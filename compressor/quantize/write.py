@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import compressed_tensors
@@ -37,13 +36,8 @@ class PackedWriter:
         self._writer.__enter__()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._writer.__exit__(kind, error, trace)
+    def __exit__(self, *_: object) -> None:
+        self._writer.__exit__()
 
     def block(self, index: int, results: dict[str, QuantizedWeight]) -> None:
         """Write one block: its linears in integers, its norms and biases as they were."""
