@@ -112,7 +112,11 @@ def print_plan(stages: list[Stage], store: Store, to: Console) -> None:
 
 def print_summary(record: dict[str, Any], to: Console) -> None:
     """The table at the end of a run, its protocol, what healing closed, where the exports are."""
-    lines = [list(table.HEADINGS.values()), *(table.cells(row) for row in table.rows(record))]
+    rows = table.rows(record)
+    if not rows:
+        _print_last(record["stages"][-1], to)
+        return
+    lines = [list(table.HEADINGS.values()), *(table.cells(row) for row in rows)]
     if to.width < _WIDE:
         lines = [list(column) for column in zip(*lines, strict=True)]
     grid = Table(title=record["name"], box=SIMPLE_HEAD, pad_edge=False)
@@ -130,3 +134,12 @@ def print_summary(record: dict[str, Any], to: Console) -> None:
             to.print(f"ONNX against torch: {parity['summary']}", highlight=False)
     for name, folder in record["exports"].items():
         to.print(f"{name}: {folder}", highlight=False, soft_wrap=True)
+
+
+def _print_last(stage: dict[str, Any], to: Console) -> None:
+    """What a verb that ran alone has to say: its figures and its folder."""
+    figures = {"seconds": stage["seconds"], "peak": table.size(stage["peak_bytes"])}
+    for name, value in {**stage["metrics"], **figures}.items():
+        shown = f"{value:.4g}" if isinstance(value, float) else str(value)
+        to.print(f"{name}: {shown}", highlight=False)
+    to.print(f"folder: {stage['folder']}", highlight=False, soft_wrap=True)

@@ -91,6 +91,7 @@ def _verb(verb: str, role: str | None) -> Callable[[Callable[..., Any]], click.C
             record = execute(checked, store, Options(), as_json=as_json, quiet=quiet)
             if out:
                 _deliver(Path(record["stages"][-1]["folder"]), out)
+                click.echo(f"copied to {out}", err=True)
 
         command.__doc__ = build.__doc__
         command.__click_params__ = getattr(build, "__click_params__", [])  # type: ignore[attr-defined]
