@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -59,6 +61,11 @@ def test_merged_is_base_plus_adapter(family: str, tmp_path: Path) -> None:
     save_tiny(tmp_path / "source", family)
     _, out = run(tmp_path, PARAMS.model_copy(update={"targets": "all", "alpha": 7.0}))
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "source")
+    assert_merged(base, out)
+
+
+def assert_merged(base: Any, out: Path) -> None:
+    """The merged checkpoint computes what the adapter on the dense base does."""
     with torch.no_grad():
         plain = base(WINDOWS).logits
         adapted = PeftModel.from_pretrained(base, str(out / "adapter")).eval()(WINDOWS).logits
@@ -115,11 +122,29 @@ def test_qlora_trains_on_four_bits_and_merges_into_dense_weights(tmp_path: Path)
     assert "quantization_config" not in after.config
 
 
+def test_qlora_on_transposed_weights(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "source", "gpt2", n_embd=64)
+    _, out = run(tmp_path, QloraParams(**PARAMS.model_dump() | {"targets": "all"}))
+    assert_merged(AutoModelForCausalLM.from_pretrained(tmp_path / "source"), out)
+    config = json.loads((out / "adapter/adapter_config.json").read_text())
+    assert config["fan_in_fan_out"] is True
+
+
+def test_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "source", "llama")
+    save_tiny(tmp_path / "shallower", "llama", num_hidden_layers=3)
+    _, out = run(tmp_path)
+    with pytest.raises(HealingError, match=r"no tensor model\.layers\.3\.mlp\.\w+\.weight for"):
+        merge(tmp_path / "shallower", out / "adapter", tmp_path / "merged")
+
+
 class Stop(Exception):
     """Stands in for the end of the process."""
 
 
-def interrupted(folder: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> Path:
+def interrupted(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, step: int, params: LoraParams = PARAMS
+) -> Path:
     """Run until `step` and stop; returns the work folder."""
     on_log = train._Report.on_log
 
@@ -130,7 +155,7 @@ def interrupted(folder: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> Pat
 
     monkeypatch.setattr(train._Report, "on_log", stopping)
     with pytest.raises(Stop):
-        run(folder, name="cut")
+        run(folder, params, "cut")
     monkeypatch.undo()
     shutil.rmtree(folder / "cut")
     return folder / "cut-work"
@@ -167,6 +192,28 @@ def test_resumes_to_the_same_bits(
     assert (again / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
 
 
+def test_resumes_inside_a_later_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six windows by four: steps of four and two windows, in turn."""
+    uneven = PARAMS.model_copy(update={"batch_size": 4, "micro_batch_size": 2})
+    save_tiny(tmp_path / "source", "llama")
+    report, whole = run(tmp_path, uneven)
+    assert report["tokens"] == 4 * (4 + 2) * 16
+    assert report["passes"] == 4
+    interrupted(tmp_path, monkeypatch, 5, uneven)
+    resumed, again = run(tmp_path, uneven, "cut")
+    assert resumed == report
+    assert digest(again) == digest(whole)
+
+
+def test_checkpoint_may_be_cut_off_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_tiny(tmp_path / "source", "llama")
+    for _ in range(2):
+        work = interrupted(tmp_path, monkeypatch, 7)
+        (work / "checkpoint-6/trainer_state.json").unlink()
+    assert train._whole_checkpoint(work) == str(work / "checkpoint-3")
+    assert [p.name for p in work.iterdir()] == ["checkpoint-3"]
+
+
 def test_metrics_are_one_row_per_step_without_clock(tmp_path: Path) -> None:
     save_tiny(tmp_path / "source", "llama")
     _, out = run(tmp_path)
@@ -182,6 +229,23 @@ def test_lost_loss_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     model.save_pretrained(tmp_path / "source")
     with pytest.raises(HealingError, match=r"the loss is nan at step 1; lower heal\.learning_rate"):
         run(tmp_path)
+
+
+def test_lost_gradient_is_not_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_tiny(tmp_path / "source", "llama")
+    clip = Accelerator.clip_grad_norm_
+    calls = itertools.count(1)
+
+    def spoil(self: Any, parameters: Any, *rest: Any) -> Any:
+        parameters = list(parameters)
+        if next(calls) == PARAMS.steps:
+            next(p for p in parameters if p.grad is not None).grad.fill_(torch.nan)
+        return clip(self, parameters, *rest)
+
+    monkeypatch.setattr(Accelerator, "clip_grad_norm_", spoil)
+    with pytest.raises(HealingError, match=r"the grad_norm is nan at step 8; lower heal\."):
+        run(tmp_path)
+    assert not (tmp_path / "out/model.safetensors").exists()
 
 
 def test_uneven_batches_are_refused(tmp_path: Path) -> None:

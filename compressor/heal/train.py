@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,13 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import get_last_checkpoint
 
 from compressor import progress
 from compressor.blocks import Blocks
 from compressor.checkpoint import Checkpoint, read_json, write_json
+from compressor.decoder import skeleton
 from compressor.errors import HealingError
 from compressor.heal import LoraParams, QloraParams
 from compressor.heal.merge import merge
@@ -49,7 +52,7 @@ def heal(
     Writes the merged checkpoint, `adapter/` and `metrics.jsonl` into `out`. Optimizer,
     schedule, random state and data position are saved in `work`; when it holds a whole
     checkpoint training goes on from there and ends in the same bits (same thread count).
-    Raises `HealingError` when the loss is no longer finite.
+    Raises `HealingError` when the loss or its gradient is no longer finite.
     """
     if Checkpoint(source).quantized:
         raise HealingError(f"{source}: already quantized; heal the dense checkpoint, then quantize")
@@ -65,19 +68,19 @@ def heal(
             model=model,
             args=_arguments(params, work, seed, device),
             train_dataset=_Windows(tokens),
-            callbacks=[_Report(bar, params.batch_size * tokens.shape[1])],
+            callbacks=[_Report(bar)],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=_whole_checkpoint(work))
     _save_metrics(trainer.state, out / METRICS)
-    _save_adapter(model, out / ADAPTER)
+    _save_adapter(model, source, out / ADAPTER)
     merge(source, out / ADAPTER, out)
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    seen = params.steps * params.batch_size
+    seen = trainer.state.num_input_tokens_seen
     return {
         "steps": params.steps,
-        "tokens": seen * tokens.shape[1],
-        "passes": seen / len(tokens),
+        "tokens": seen,
+        "passes": seen / tokens.numel(),
         "first_loss": losses[0],
         "last_loss": losses[-1],
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -134,6 +137,7 @@ def _arguments(params: LoraParams, work: Path, seed: int, device: str) -> Traini
         save_total_limit=2,
         logging_steps=1,
         logging_nan_inf_filter=False,
+        include_num_input_tokens_seen="all",
         report_to=[],
         disable_tqdm=True,
         seed=seed,
@@ -171,10 +175,10 @@ class _FullWindows(Trainer):
 
 
 class _Report(TrainerCallback):
-    """Moves the bar and stops a run whose loss is lost."""
+    """Moves the bar and stops a run whose loss or gradient is lost."""
 
-    def __init__(self, bar: progress.Task, tokens_per_step: int) -> None:
-        self._bar, self._tokens = bar, tokens_per_step
+    def __init__(self, bar: progress.Task) -> None:
+        self._bar = bar
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -185,16 +189,17 @@ class _Report(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: Any
     ) -> None:
-        """One optimizer step is done."""
-        loss = rest["logs"].get("loss")
-        if loss is None:
+        """One optimizer step is done; it is not saved yet."""
+        logs = rest["logs"]
+        if "loss" not in logs:
             return
-        if not math.isfinite(loss):
-            raise HealingError(
-                f"the loss is {loss} at step {state.global_step}; lower heal.learning_rate "
-                f"(now {args.learning_rate}) or raise heal.warmup_steps"
-            )
-        self._bar.advance(1, f"loss {loss:.3f}, {state.global_step * self._tokens:,} tokens")
+        for name, value in logs.items():
+            if not math.isfinite(value):
+                raise HealingError(
+                    f"the {name} is {value} at step {state.global_step}; lower "
+                    f"heal.learning_rate (now {args.learning_rate}) or raise heal.warmup_steps"
+                )
+        self._bar.advance(1, f"loss {logs['loss']:.3f}, {state.num_input_tokens_seen:,} tokens")
 
 
 def _whole_checkpoint(work: Path) -> str | None:
@@ -207,17 +212,25 @@ def _whole_checkpoint(work: Path) -> str | None:
             json.loads((Path(newest) / "trainer_state.json").read_text())
             return str(newest)
         except (OSError, ValueError):
-            cut = Path(newest)
-            cut.rename(cut.with_name(f"cut-off-{cut.name}"))
+            shutil.rmtree(newest)
     return None
 
 
-def _save_adapter(model: PeftModel, folder: Path) -> None:
-    """Save the adapter with equal bytes for equal weights: peft writes a set and a local path."""
+def _save_adapter(model: PeftModel, source: Path, folder: Path) -> None:
+    """Save the adapter as one of `source`, with equal bytes for equal weights.
+
+    peft writes a set and a local path; and bitsandbytes turned GPT-2's transposed weights
+    upright, which those of `source` are not.
+    """
     model.save_pretrained(str(folder))
     (folder / "README.md").unlink()
     config = read_json(folder / "adapter_config.json")
-    config |= {"target_modules": sorted(config["target_modules"]), "base_model_name_or_path": None}
+    linears = Blocks(skeleton(source)).linears(0).values()
+    config |= {
+        "target_modules": sorted(config["target_modules"]),
+        "base_model_name_or_path": None,
+        "fan_in_fan_out": any(isinstance(linear, Conv1D) for linear in linears),
+    }
     write_json(folder / "adapter_config.json", config)
 
 
