@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn.modules.module import register_module_forward_hook
 from transformers import LlamaForCausalLM
 
+from compressor.errors import CheckpointError
 from compressor.evaluate.quality import STATES, Reference, evaluate, parameters
 from compressor.evaluate.speed import measure
 from compressor.quantize import RtnParams
@@ -41,6 +43,8 @@ def test_nll_is_transformers_own(pair: tuple[Any, Any, Path]) -> None:
         "windows": 5, "length": 16, "stride": 16, "predicted_tokens": 75,
     }  # fmt: skip
     assert (found["kl"], found["top1_agreement"]) == (None, None)
+    assert found["blocks"] == 4
+    assert found["bytes"] == (folder / "a/model.safetensors").stat().st_size
     assert (folder / STATES).is_file()
 
 
@@ -63,6 +67,16 @@ def test_kl_is_of_the_reference_against_the_model(pair: tuple[Any, Any, Path]) -
     assert found["top1_agreement"] == pytest.approx(float(same))
 
 
+@pytest.mark.parametrize("factor", [1e5, 1e38], ids=["overflow", "nan"])
+def test_a_loss_that_is_no_number_is_refused(factor: float, tmp_path: Path) -> None:
+    save_tiny(tmp_path, "llama")
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["lm_head.weight"] *= factor
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"its loss on the evaluation text is .*float32"):
+        evaluate(tmp_path, WINDOWS, tmp_path)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_parameters_are_counted_from_headers(tied: bool, tmp_path: Path) -> None:
     model = save_tiny(tmp_path / "dense", "llama", tie_word_embeddings=tied)
@@ -72,11 +86,32 @@ def test_parameters_are_counted_from_headers(tied: bool, tmp_path: Path) -> None
     assert parameters(tmp_path / "packed") == count
 
 
+@pytest.mark.parametrize(
+    ("family", "extra"),
+    [
+        ("gpt2", {"transformer.h.0.attn.bias": torch.ones(1, 1, 128, 128)}),
+        ("gpt_neox", {"gpt_neox.layers.0.attention.masked_bias": torch.tensor(-1e9)}),
+        ("llama", {"lm_head.weight": torch.ones(96, 32)}),
+    ],
+    ids=["mask", "scalar", "tied-twice"],
+)
+def test_what_is_stored_but_no_weight_of_its_own_is_not_counted(
+    family: str, extra: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    tied = {"tie_word_embeddings": True} if family == "llama" else {}
+    model = save_tiny(tmp_path, family, **tied)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert not extra.keys() & stored.keys()
+    save_file(stored | extra, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert parameters(tmp_path) == sum(p.numel() for p in model.parameters())
+
+
 def test_speed_is_measured(tmp_path: Path) -> None:
     save_tiny(tmp_path, "llama")
     found = measure(tmp_path, prompt_tokens=8, new_tokens=4, repeats=2, device="cpu")
     for kind in ("prefill", "decode"):
         assert 0 < found[kind]["min"] <= found[kind]["median"] <= found[kind]["max"]
+    assert 0 < found["load_seconds"] < 60
 
 
 def test_speed_runs_every_token_it_counts(tmp_path: Path) -> None:

@@ -24,5 +24,6 @@ METHODS = {
         "perplexity as exp of the mean next-token loss over disjoint full windows",
         "1 forward, and a timed generation",
         "evaluation",
+        version=2,
     ),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
 from compressor.checkpoint import Checkpoint
-from compressor.decoder import Decoder
+from compressor.decoder import Decoder, skeleton
+from compressor.errors import CheckpointError
 from compressor.walk import Stream, walk
 
 STATES = "final_states.safetensors"
@@ -41,6 +43,7 @@ def evaluate(
     float64 sums. Against a reference: KL(reference || model) in nats and top-1 agreement per
     token. Logits are never stored: without a reference the final residual stream goes to
     `final_states.safetensors` in `out`, and later evaluations apply the original's head to it.
+    Raises `CheckpointError` when the loss is NaN or too large for a perplexity.
     """
     decoder = Decoder(folder, device)
     stream = Stream(decoder, tokens, batch_size)
@@ -61,7 +64,7 @@ def evaluate(
             agreement += (scores.argmax(-1) == known.argmax(-1)).double().mean().item()
     if not teacher:
         save_file({"x": stream.x.contiguous()}, out / STATES)
-    nll = math.fsum(losses) / len(losses)
+    nll = _finite(math.fsum(losses) / len(losses), decoder)
     return {
         "perplexity": math.exp(nll),
         "nll": nll,
@@ -80,6 +83,16 @@ def evaluate(
     }
 
 
+def _finite(nll: float, decoder: Decoder) -> float:
+    if not nll < math.log(sys.float_info.max):  # NaN is not less than anything
+        raise CheckpointError(
+            f"{decoder.reader.checkpoint.folder}: its loss on the evaluation text is {nll:.4g} "
+            f"nats per token, computed in {decoder.dtype}; the weights are damaged, or too large "
+            "for that dtype: try --set device=cpu, which computes in float32"
+        )
+    return nll
+
+
 class _Teacher:
     """The original's output distribution, from its stored final states and its head alone."""
 
@@ -92,12 +105,10 @@ class _Teacher:
 
 
 def parameters(folder: Path) -> int:
-    """Weights of a checkpoint from its headers; a tied matrix counts once, packed ones unpacked."""
-    checkpoint = Checkpoint(folder)
-    count = 0
-    for name in checkpoint.names:
-        if name.endswith(".weight_shape"):
-            count += math.prod(checkpoint.tensor(name).tolist())
-        elif not name.endswith((".weight_packed", ".weight_scale", ".weight_zero_point")):
-            count += math.prod(checkpoint.shape(name))
-    return count
+    """Weights of a checkpoint's model, from shapes alone: a tied matrix once, packed ones unpacked.
+
+    Stored names would not do: old checkpoints also hold masks and second copies of tied weights.
+    """
+    model: Any = skeleton(folder)
+    model.tie_weights()
+    return sum(weight.numel() for weight in model.parameters())

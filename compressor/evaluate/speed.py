@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from compressor.timing import speed
 def measure(
     folder: Path, *, prompt_tokens: int, new_tokens: int, repeats: int, device: str
 ) -> dict[str, Any]:
-    """Prefill and decode tokens/s of a checkpoint with its KV cache, batch 1.
+    """Prefill and decode tokens/s of a checkpoint with its KV cache, batch 1, and seconds to load.
 
     Computes in float32 on the CPU and in the checkpoint's own dtype on a GPU.
     """
     dtype = torch.float32 if device == "cpu" else "auto"
+    began = time.perf_counter()
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+    load_seconds = time.perf_counter() - began
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.vocab_size
     prompt = torch.randint(vocabulary, (1, prompt_tokens), generator=generator).to(device)
@@ -38,13 +41,14 @@ def measure(
 
     with torch.inference_mode():
         model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return speed(
+        rates = speed(
             prefill,
             decode,
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
             repeats=repeats,
         )
+    return rates | {"load_seconds": load_seconds}
 
 
 def _synchronize(device: str) -> None:
