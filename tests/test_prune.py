@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from compressor.blocks import Blocks
-from compressor.checkpoint import Checkpoint
+from compressor.checkpoint import Checkpoint, CheckpointWriter
 from compressor.errors import CheckpointError, SelectionError, UnsupportedArchitecture
+from compressor.prune import blocks as prune_module
 from compressor.prune.blocks import prune
 from compressor.records import Selection
 from tests.tiny import FAMILIES, save_tiny, save_tokenizer, tokens
@@ -94,6 +95,49 @@ def test_derived_lists_are_written_out(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out/config.json").read_text())["layer_types"] == kinds[2:]
 
 
+def test_a_list_that_is_long_by_accident_is_kept(tmp_path: Path) -> None:
+    _, out = cut(tmp_path, "llama", [1], eos_token_id=[2, 3, 4, 5])
+    assert json.loads((out / "config.json").read_text())["eos_token_id"] == [2, 3, 4, 5]
+
+
+def test_the_depth_keeps_the_name_the_family_gives_it(tmp_path: Path) -> None:
+    _, out = cut(tmp_path, "gpt2", [1])
+    config = json.loads((out / "config.json").read_text())
+    assert config["n_layer"] == 3
+    assert "num_hidden_layers" not in config
+
+
+def test_a_list_that_transformers_derives_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without its layer_types, a cut Qwen would get sliding attention where it had none."""
+    written = prune_module.pruned_config
+
+    def forgetful(*args: Any) -> dict[str, Any]:
+        return {k: v for k, v in written(*args).items() if k != "layer_types"}
+
+    monkeypatch.setattr(prune_module, "pruned_config", forgetful)
+    with pytest.raises(UnsupportedArchitecture, match=r"config\.layer_types cannot be cut"):
+        cut(tmp_path, "qwen3", [0], use_sliding_window=True, max_window_layers=2)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_names_without_the_first_part_are_renumbered(family: str, tmp_path: Path) -> None:
+    """GPT-2 and OPT were published without the name of the model before their tensors."""
+    model = save_tiny(tmp_path / "source", family)
+    source = Checkpoint(tmp_path / "source")
+    with CheckpointWriter(tmp_path / "bare") as writer:
+        for name in source.names:
+            writer.add(name.partition(".")[2], source.tensor(name))
+        writer.finish(source.config, source.side_files)
+    prune(tmp_path / "bare", Selection(num_blocks=4, drop_blocks=[0, 2]), tmp_path / "out")
+    assert len(Checkpoint(tmp_path / "out").names) < len(source.names)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        expected = deleted(model, [0, 2])(tokens(), use_cache=False).logits
+        assert torch.equal(again(tokens(), use_cache=False).logits, expected)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_ties_stay_and_nothing_is_doubled(family: str, tmp_path: Path) -> None:
     model, out = cut(tmp_path, family, [1], tie_word_embeddings=True)
@@ -143,6 +187,30 @@ def test_wrong_depth_is_refused(tmp_path: Path) -> None:
 def test_depth_dependent_arithmetic_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedArchitecture, match="scale_attn_by_inverse_layer_idx"):
         cut(tmp_path, "gpt2", [1], scale_attn_by_inverse_layer_idx=True)
+
+
+@pytest.mark.parametrize(
+    ("family", "said"),
+    [
+        ("diffllama", r"block 2 cannot become block 1: its self_attn\.lambda_init would turn"),
+        ("mixtral", "fused experts"),
+        ("mamba", "a state-space convolution"),
+        ("t5", "encoder-decoder models are not supported"),
+    ],
+)
+def test_unsupported_arithmetic_is_refused(family: str, said: str, tmp_path: Path) -> None:
+    """DiffLlama weighs a block by its index, by no switch of its config."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "vocab_size": 96}
+    if family == "t5":
+        sizes = {"d_model": 32, "d_ff": 48, "num_layers": 4, "num_heads": 4, "vocab_size": 96}
+    elif family != "mamba":
+        sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    maker = AutoModelForSeq2SeqLM if family == "t5" else AutoModelForCausalLM
+    maker.from_config(AutoConfig.for_model(family, **sizes)).save_pretrained(tmp_path / "source")
+    with pytest.raises(UnsupportedArchitecture, match=said) as refusal:
+        prune(tmp_path / "source", Selection(num_blocks=4, drop_blocks=[1]), tmp_path / "out")
+    assert "\n" not in str(refusal.value)
+    assert not list(tmp_path.glob("out/*.safetensors"))
 
 
 def test_quantized_is_refused(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import AutoConfig
 
 from compressor import progress
@@ -28,7 +29,8 @@ def prune(source: Path, selection: Selection, out: Path) -> None:
     checkpoint = Checkpoint(source)
     if checkpoint.quantized:
         raise CheckpointError(f"{source}: already quantized; prune the dense checkpoint before")
-    blocks = Blocks(skeleton(source))
+    model = skeleton(source)
+    blocks = Blocks(model)
     if len(blocks) != selection.num_blocks:
         raise SelectionError(
             f"the selection is for a model of {selection.num_blocks} blocks, but {source} has "
@@ -38,7 +40,7 @@ def prune(source: Path, selection: Selection, out: Path) -> None:
     config = pruned_config(source, checkpoint.config, kept)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "config.json", config)
-    _check_config(out, source, kept)
+    _check(model, out, kept)
     renumbered = {old: new for new, old in enumerate(kept)}
     with CheckpointWriter(out) as writer:
         for name in progress.track(checkpoint.names, "prune", len(checkpoint.names)):
@@ -79,15 +81,36 @@ def _per_layer(config: Any) -> dict[str, list[Any]]:
     }
 
 
-def _check_config(out: Path, source: Path, kept: list[int]) -> None:
-    """Read the new config back: transformers must see exactly the kept layers."""
-    before, after = AutoConfig.from_pretrained(source), AutoConfig.from_pretrained(out)
-    for name, values in _per_layer(before).items():
-        if getattr(after, name) != [values[i] for i in kept]:
+def _check(before: nn.Module, out: Path, kept: list[int]) -> None:
+    """Build the model of the new config: transformers must see exactly the kept blocks."""
+    after = skeleton(out)
+    config: Any = after.config
+    for name, values in _per_layer(before.config).items():
+        if getattr(config, name) != [values[i] for i in kept]:
             raise UnsupportedArchitecture(
-                f"{source}: config.{name} cannot be cut; transformers computes it from other keys"
+                f"{config.model_type}: config.{name} cannot be cut; transformers computes it from "
+                "other keys"
             )
-    assert after.num_hidden_layers == len(kept)
+    layers = Blocks(before).layers
+    for (new, block), old in zip(enumerate(Blocks(after)), kept, strict=True):
+        was, now = _facts(layers[old]), _facts(block)
+        for name in sorted(was.keys() | now.keys()):
+            pair = was.get(name), now.get(name)
+            if pair[0] != pair[1] and pair != (repr(old), repr(new)):
+                raise UnsupportedArchitecture(
+                    f"{config.model_type}: block {old} cannot become block {new}: its {name} would "
+                    f"turn from {pair[0]} to {pair[1]}; transformers makes it from the index"
+                )
+
+
+def _facts(block: nn.Module) -> dict[str, str]:
+    """Shapes of a block's parameters and plain settings of its modules, by dotted name."""
+    return {name: str(tuple(p.shape)) for name, p in block.named_parameters()} | {
+        f"{path}.{name}".lstrip("."): repr(value)
+        for path, module in block.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, bool | int | float | str)
+    }
 
 
 def _rename(name: str, prefix: str, renumbered: dict[int, int]) -> str | None:
