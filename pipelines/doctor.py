@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import os
 import platform
 import shutil
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -43,6 +45,7 @@ def report(store: Path) -> list[Check]:
         Check("memory", "ok", size(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))),
         _disk(store),
         _torch(),
+        _four_bits(),
         *(_package(name, "pip install compress-llm", "needed") for name in REQUIRED),
         *(
             _package(name, f"pip install 'compress-llm[{extra}]'", purpose)
@@ -63,18 +66,52 @@ def _disk(store: Path) -> Check:
 def _torch() -> Check:
     if not _version("torch"):
         return Check("torch", "missing", "-", "make install")
-    import torch
-
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        return Check("torch", "problem", f"cannot be imported ({error})", "make clean install")
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
     found = f"{torch.__version__} ({build}), {torch.get_num_threads()} threads"
     if torch.cuda.is_available():
-        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        return Check("torch", "ok", f"{found}; {', '.join(names)}")
+        devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+        names = [f"{d.name} (sm_{d.major}{d.minor}, {size(d.total_memory)})" for d in devices]
+        return Check("torch", "ok", f"{found}; driver {_driver()}; {', '.join(names)}")
     if torch.version.cuda:
         return Check("torch", "problem", f"{found}, but no CUDA device", "nvidia-smi")
     if shutil.which("nvidia-smi"):
         return Check("torch", "problem", f"{found} on a machine with a GPU", "make clean install")
     return Check("torch", "ok", found)
+
+
+def _driver() -> str:
+    """Version of the NVIDIA driver, which only its own tool tells."""
+    ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(ask, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return told.strip().partition("\n")[0] or "unknown"
+
+
+def _four_bits() -> Check:
+    """Whether bitsandbytes, which imports even where its library is broken, really computes."""
+    name, fix = "4-bit healing", "pip install --force-reinstall bitsandbytes"
+    if not _version("torch") or not _version("bitsandbytes"):
+        return Check(name, "missing", "needs torch and bitsandbytes", "make install")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # not its advice on more packages
+    try:
+        import torch
+        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        exact = torch.tensor([[-1.0, 1.0] * 32], device=device)
+        right = dequantize_4bit(*quantize_4bit(exact, quant_type="nf4")).equal(exact)
+    except (ImportError, OSError, RuntimeError, NotImplementedError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        return Check(name, "problem", f"bitsandbytes does not run ({reason})", fix)
+    if not right:
+        return Check(name, "problem", f"bitsandbytes returns wrong values on {device}", fix)
+    return Check(name, "ok", f"NF4 runs on {device}")
 
 
 def _runtime() -> Check:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ def test_everything_here_is_reported(tmp_path: Path) -> None:
     checks = {check.name: check for check in report(tmp_path / "none/yet")}
     assert {"python", "torch", "memory", "disk", "transformers", "onnxruntime"} <= checks.keys()
     assert checks["torch"].state == "ok"
+    assert checks["4-bit healing"].found.startswith("NF4 runs on ")
     assert all(check.fix for check in checks.values() if check.state != "ok")
 
 
@@ -45,6 +48,53 @@ def test_a_cpu_build_beside_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     for driver, state in (("/usr/bin/nvidia-smi", "problem"), (None, "ok")):
         monkeypatch.setattr(doctor.shutil, "which", lambda name, driver=driver: driver)
         assert {c.name: c for c in report(tmp_path)}["torch"].state == state
+
+
+def test_a_cuda_build_without_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    check = doctor._torch()
+    assert (check.state, check.fix) == ("problem", "nvidia-smi")
+    assert "no CUDA device" in check.found
+
+
+@pytest.mark.parametrize(("told", "driver"), [("580.1\n580.1\n", "580.1"), (None, "unknown")])
+def test_a_gpu_with_its_driver(
+    told: str | None, driver: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = SimpleNamespace(name="H", major=9, minor=0, total_memory=2**30)
+
+    def run(*args: object, **kwargs: object) -> SimpleNamespace:
+        if told is None:
+            raise FileNotFoundError("nvidia-smi")
+        return SimpleNamespace(stdout=told)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: device)
+    check = doctor._torch()
+    assert check.state == "ok"
+    assert f"driver {driver}; H (sm_90, " in check.found
+
+
+def test_packages_that_are_there_but_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    import bitsandbytes.functional as functional
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("libbitsandbytes_cpu.so: cannot open\nmore lines")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(functional, "quantize_4bit", fail)
+        check = doctor._four_bits()
+        assert check.state == "problem"
+        assert check.found == "bitsandbytes does not run (libbitsandbytes_cpu.so: cannot open)"
+    with monkeypatch.context() as patch:
+        patch.setattr(functional, "dequantize_4bit", lambda packed, state: torch.ones(1, 64))
+        assert "wrong values" in doctor._four_bits().found
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "torch", None)
+        assert (doctor._torch().state, doctor._torch().fix) == ("problem", "make clean install")
 
 
 def test_a_runtime_that_does_not_import(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
