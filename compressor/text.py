@@ -175,14 +175,14 @@ def _parsed(data: bytes, where: str) -> Any:
 
 
 def _parquet(file: IO[bytes], path: Path) -> Iterator[Any]:
-    import pyarrow
-    from pyarrow import parquet
+    from pyarrow import ArrowException, parquet
 
     try:
         for batch in parquet.ParquetFile(file).iter_batches(1024):
             yield from batch.to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        raise TextError(f"{path}: not a readable parquet file ({error})") from error
+    except (ArrowException, OSError) as error:  # a damaged page is an OSError without a path
+        reason = str(error).strip().partition("\n")[0]
+        raise TextError(f"{path}: not a readable parquet file ({reason})") from error
 
 
 def _hub_records(source: TextSource) -> Iterator[Any]:

@@ -61,12 +61,35 @@ def test_fixed_takes_the_list() -> None:
     assert fixed(Scores(num_blocks=5), blocks=(3, -5)).drop_blocks == [0, 3]
 
 
-@pytest.mark.parametrize("n", [0])
-def test_nothing_can_be_asked_for(n: int) -> None:
+@pytest.mark.parametrize("seed", range(3))
+def test_lowest_leaves_nothing_lower_behind(seed: int) -> None:
+    saliency = scores(seed).block["bi"]
+    drop = lowest(scores(seed), n=3, score="bi", protect=(2,)).drop_blocks
+    left = [i for i in range(L) if i not in drop and i != 2]
+    assert len(drop) == 3
+    assert max(saliency[i] for i in drop) < min(saliency[i] for i in left)
+
+
+def test_nothing_can_be_asked_for() -> None:
+    bare = Scores(num_blocks=L, block={"bi": [0.0] * L})
+    assert contiguous(bare, n=0, protect=(-1,)).drop_blocks == []
+    assert simple(bare, n=0).drop_blocks == []
+    assert lowest(bare, n=0, score="bi", protect=()).drop_blocks == []
+    assert fixed(bare, blocks=()).drop_blocks == []
+
+
+def test_all_but_one_can_go() -> None:
     table = scores()
-    assert contiguous(table, n=n, protect=(-1,)).drop_blocks == []
-    assert simple(table, n=n).drop_blocks == []
-    assert lowest(table, n=n, score="bi", protect=()).drop_blocks == []
+    assert simple(table, n=L - 1).drop_blocks == list(range(L - 1))
+    assert len(contiguous(table, n=L - 1, protect=()).drop_blocks) == L - 1
+    assert len(lowest(table, n=L - 1, score="bi", protect=()).drop_blocks) == L - 1
+    for ask in (
+        lambda: contiguous(table, n=L, protect=()),
+        lambda: lowest(table, n=L, score="bi", protect=()),
+        lambda: fixed(table, blocks=tuple(range(L))),
+    ):
+        with pytest.raises(SelectionError, match=r"n = 7 is more than the 6 .* \(0 protected\)"):
+            ask()
 
 
 def test_impossible_requests_are_explained() -> None:
@@ -79,15 +102,36 @@ def test_impossible_requests_are_explained() -> None:
         contiguous(Scores(num_blocks=4), n=1, protect=())
     with pytest.raises(SelectionError, match="n = 7 is more than the 6"):
         simple(table, n=7)
+    with pytest.raises(SelectionError, match=r"n = 6 is more than the 5 .*\(2 protected"):
+        lowest(table, n=6, score="bi", protect=(0, -1))
     with pytest.raises(SelectionError, match="did you mean 'bi'"):
         lowest(table, n=1, score="b", protect=())
-    with pytest.raises(SelectionError, match=r"blocks \[9\] do not exist in a model of 7"):
-        lowest(table, n=1, score="bi", protect=(9,))
+    with pytest.raises(SelectionError, match="no score 'lamp'; known: bi"):
+        lowest(table, n=1, score="lamp", protect=())
+    for wrong in (7, -8):
+        said = rf"^blocks \[{wrong}\] do not exist in a model of 7 blocks$"
+        with pytest.raises(SelectionError, match=said):
+            contiguous(table, n=1, protect=(0, wrong))
+        with pytest.raises(SelectionError, match=said):
+            lowest(table, n=1, score="bi", protect=(wrong, 0))
+        with pytest.raises(SelectionError, match=said):
+            fixed(table, blocks=(wrong,))
     with pytest.raises(SelectionError, match="listed twice"):
         fixed(table, blocks=(6, -1))
 
 
-def test_records_round_trip_and_refuse_nonsense(tmp_path: Path) -> None:
+def test_scores_round_trip_bit_for_bit(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.json", tmp_path / "b.json"
+    scores().save(first)
+    assert Scores.load(first) == scores()
+    Scores.load(first).save(second)
+    assert first.read_bytes() == second.read_bytes()
+    first.write_text('{"num_blocks": 0}')
+    with pytest.raises(SelectionError, match=r"a\.json: num_blocks: .* greater than 0"):
+        Scores.load(first)
+
+
+def test_selections_round_trip_and_refuse_nonsense(tmp_path: Path) -> None:
     path = tmp_path / "selection.json"
     selection = Selection(num_blocks=4, drop_blocks=[1, 2], reason="why")
     selection.save(path)

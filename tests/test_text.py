@@ -194,7 +194,9 @@ def test_shuffling_is_bounded_and_complete(monkeypatch: pytest.MonkeyPatch) -> N
     items = [str(i) for i in range(100)]
     shuffled = list(text._shuffled(iter(items), 0))
     assert sorted(shuffled) == sorted(items)
-    assert shuffled != items
+    streamed = [int(item) for item in shuffled[:90]]
+    assert streamed != sorted(streamed)  # while it streams, not only what is left at the end
+    assert all(item <= place + 9 for place, item in enumerate(streamed))
 
 
 def test_a_conversation_the_template_refuses(tmp_path: Path, tokenizer: Any) -> None:
@@ -239,6 +241,16 @@ def test_what_cannot_be_read_is_explained(
     source = TextSource(path=str(tmp_path / name), **settings)
     with pytest.raises(TextError, match=said):
         windows(source, tokenizer, TextRole(windows=2, length=8), seed=0)
+
+
+def test_a_damaged_parquet_page_names_the_file(tmp_path: Path, tokenizer: Any) -> None:
+    path = write(tmp_path, "parquet")
+    data = bytearray(path.read_bytes())
+    data[4:40] = bytes(36)  # the first page; header and footer stay sound
+    path.write_bytes(data)
+    with pytest.raises(TextError, match=r"data\.parquet: not a readable parquet") as caught:
+        list(documents(TextSource(path=str(path), field="text"), tokenizer))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not there")

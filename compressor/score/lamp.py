@@ -24,7 +24,7 @@ def ascending_scores(weight: Tensor) -> np.ndarray:
     sorts them; ties get different scores, the last of them the largest. The largest weight
     scores 1; a tensor of zeros scores 0. Sums run from the top in float64.
     """
-    magnitudes = np.sort(weight.detach().abs().flatten().float().numpy())
+    magnitudes = np.sort(weight.detach().abs().flatten().float().cpu().numpy())
     squares = magnitudes.astype(np.float64) ** 2
     above = np.cumsum(squares[::-1])[::-1]
     return np.divide(squares, above, out=np.zeros_like(squares), where=above > 0)

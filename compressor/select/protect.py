@@ -11,7 +11,7 @@ def protected(num_blocks: int, protect: Collection[int]) -> set[int]:
     """Absolute indices of the protected blocks; raises `SelectionError` outside the model."""
     wrong = [i for i in protect if not -num_blocks <= i < num_blocks]
     if wrong:
-        raise SelectionError(f"protect: blocks {wrong} do not exist in a model of {num_blocks}")
+        raise SelectionError(f"blocks {wrong} do not exist in a model of {num_blocks} blocks")
     return {i % num_blocks for i in protect}
 
 
