@@ -6,6 +6,7 @@ CompressError
 │   └── TextError            too little text, or text that cannot be read
 ├── CheckpointError          a folder that is not a sound checkpoint
 ├── UnsupportedArchitecture  a model family this tool does not handle
+├── NotApplicable            a method that this model, unlike others, cannot be given
 ├── SelectionError           a budget or list that does not fit the model
 ├── QuantizationError        a grid, group size or calibration that cannot work
 ├── HealingError             training that diverged or cannot start
@@ -45,6 +46,10 @@ class CheckpointError(CompressError):
 
 class UnsupportedArchitecture(CompressError):
     """The model's family is outside what this tool handles."""
+
+
+class NotApplicable(CompressError):
+    """A method cannot be applied to this model, though others can."""
 
 
 class SelectionError(CompressError):

@@ -33,3 +33,6 @@ TUPLE_OUTPUT = ("bloom", "codegen", "falcon", "gpt_neo", "gptj", "mpt")
 
 RENAMED_ON_DISK = {"gpt_neox": {"lm_head.weight": "embed_out.weight"}}
 """Parameters whose name in the file is not their name in the module."""
+
+POSITIONS_FROM_MASK = ("bloom", "opt")
+"""Families that count positions on a 2-D attention mask, so cannot be handed a ready 4-D one."""

@@ -26,7 +26,8 @@ class Method:
         summary: what it does, in one line.
         source: paper and section, or where it comes from.
         cost: what it takes, in forward passes or in words.
-        text: the role of the text it reads, or None.
+        needs: the roles it reads beside the checkpoint: a text (`calibration`, `healing`,
+            `evaluation`), `selection`, or `parent`, the model that the last prune cut.
         version: rises whenever its numbers change, so that caches are not trusted.
     """
 
@@ -35,7 +36,7 @@ class Method:
     summary: str
     source: str
     cost: str
-    text: str | None = None
+    needs: tuple[str, ...] = ()
     version: int = 1
 
     def load(self) -> Callable[..., Any]:

@@ -36,42 +36,81 @@ class Record(BaseModel):
 
 
 class Scores(Record):
-    """How much each block matters, by every method that was asked.
+    """How much each part matters, by every method that was asked; higher means keep.
 
     Attributes:
         num_blocks: L.
-        block: per method, L saliencies; higher means keep.
+        block, attention, ffn: per method, L saliencies of blocks or sublayers.
+        linear: per method, the saliency of each linear by full name.
+        depth: diagnostics of the residual stream by depth, to be read, not selected by.
         distances: angular distance d(l, n) in units of pi, in [0, 1], as
             distances[n - 1][l] for l = 0..L-n; empty when not asked for.
+        unavailable: per method that this model cannot give, why.
     """
 
     num_blocks: int = Field(gt=0)
     block: dict[str, list[float]] = {}
+    attention: dict[str, list[float]] = {}
+    ffn: dict[str, list[float]] = {}
+    linear: dict[str, dict[str, float]] = {}
+    depth: dict[str, list[float]] = {}
     distances: list[list[float]] = []
+    unavailable: dict[str, str] = {}
 
 
 class Selection(Record):
-    """Which blocks go.
+    """Which blocks and sublayers go.
 
     Attributes:
         num_blocks: L of the model the selection was made for.
-        drop_blocks: sorted 0-based indices to remove.
+        drop_blocks, drop_attention, drop_ffn: sorted 0-based indices of what is removed; a
+            block whose two sublayers both go is listed as a block.
+        reuse_attention, reuse_ffn: kept sublayers that run with another block's weights,
+            as {index: index of the block whose weights they share}.
         reason: one sentence on how they were chosen.
+        evaluations: forward passes over the text that the choice took, in units of the full
+            model's.
     """
 
     num_blocks: int = Field(gt=0)
-    drop_blocks: list[int]
+    drop_blocks: list[int] = []
+    drop_attention: list[int] = []
+    drop_ffn: list[int] = []
+    reuse_attention: dict[int, int] = {}
+    reuse_ffn: dict[int, int] = {}
     reason: str = ""
+    evaluations: float = 0.0
+
+    @property
+    def sublayers(self) -> bool:
+        """Whether anything but whole blocks is touched."""
+        return bool(self.drop_attention or self.drop_ffn or self.reuse_attention or self.reuse_ffn)
 
     @model_validator(mode="after")
-    def _in_range(self) -> Self:
-        wrong = [i for i in self.drop_blocks if not 0 <= i < self.num_blocks]
-        if wrong:
-            raise ValueError(f"blocks {wrong} do not exist in a model of {self.num_blocks} blocks")
-        if len(set(self.drop_blocks)) != len(self.drop_blocks):
-            raise ValueError(f"a block is listed twice in {self.drop_blocks}")
-        if self.drop_blocks != sorted(self.drop_blocks):
-            raise ValueError(f"blocks must be in ascending order, got {self.drop_blocks}")
+    def _possible(self) -> Self:
+        self._check("blocks", self.drop_blocks)
+        self._check("attention sublayers", self.drop_attention)
+        self._check("feed-forward sublayers", self.drop_ffn)
+        twice = set(self.drop_attention) & set(self.drop_ffn)
+        twice |= set(self.drop_blocks) & {*self.drop_attention, *self.drop_ffn}
+        if twice:
+            raise ValueError(f"blocks {sorted(twice)} lose both sublayers: list them as blocks")
+        for kind in ("attention", "ffn"):
+            gone = {*self.drop_blocks, *getattr(self, f"drop_{kind}")}
+            reuse: dict[int, int] = getattr(self, f"reuse_{kind}")
+            for taker, giver in reuse.items():
+                known = 0 <= taker < self.num_blocks and 0 <= giver < self.num_blocks
+                if not known or giver in gone or giver in reuse or taker in gone:
+                    raise ValueError(f"{kind} {taker} cannot run with the weights of {giver}")
         if len(self.drop_blocks) >= self.num_blocks:
             raise ValueError(f"cannot remove all {self.num_blocks} blocks")
         return self
+
+    def _check(self, what: str, indices: list[int]) -> None:
+        wrong = [i for i in indices if not 0 <= i < self.num_blocks]
+        if wrong:
+            raise ValueError(f"{what} {wrong} do not exist in a model of {self.num_blocks} blocks")
+        if len(set(indices)) != len(indices):
+            raise ValueError(f"{what}: one is listed twice in {indices}")
+        if indices != sorted(indices):
+            raise ValueError(f"{what} must be in ascending order, got {indices}")

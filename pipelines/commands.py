@@ -181,7 +181,7 @@ def methods(verb: str | None, as_json: bool) -> None:
             "summary": row.summary,
             "source": row.source,
             "cost": row.cost,
-            "needs": f"text.{row.text}" if row.text else "",
+            "needs": ", ".join(row.needs),
             "version": row.version,
             "parameters": {
                 key: field.get_default(call_default_factory=True)

@@ -19,6 +19,11 @@ ROLES = ("evaluation", "calibration", "healing")
 CHECKPOINTS = ("model", "prune", "heal", "quantize")
 """Verbs whose output is a checkpoint; each is followed by its evaluation."""
 
+_REMEDIES = {
+    "selection": "put a select stage before it",
+    "parent": "put a prune stage before it",
+}
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -140,12 +145,14 @@ class _Planner:
                 label=label,
                 method="+".join(sorted(asked.methods)),
                 params=params,
-                inputs=self._inputs(asked.verb, {row.text for row in table.values() if row.text}),
+                inputs=self._inputs(asked.verb, {r for row in table.values() for r in row.needs}),
                 methods=asked.methods,
                 version=sum(row.version for row in table.values()),
             )
         )
         if asked.verb in CHECKPOINTS:
+            if asked.verb == "prune":
+                self.latest["parent"] = self.latest["checkpoint"]
             self.latest["checkpoint"] = stage
             self.latest.pop("scores", None)
             self.latest.pop("selection", None)
@@ -154,26 +161,19 @@ class _Planner:
             self.latest["scores" if asked.verb == "score" else "selection"] = stage
 
     def _inputs(self, verb: str, roles: set[str]) -> dict[str, Stage]:
-        if verb == "select":
-            return {"checkpoint": self.latest["checkpoint"]} | self._optional("scores")
         inputs = {"checkpoint": self.latest["checkpoint"]}
-        if verb == "prune":
-            inputs["selection"] = self._need("selection", verb, "put a select stage before it")
+        if verb == "select" and "scores" in self.latest:
+            inputs["scores"] = self.latest["scores"]
         for role in sorted(roles):
-            inputs[role] = self._need(
-                role, verb, f"add text.{role} to the configuration, or give --text"
-            )
+            if role not in self.latest:
+                remedy = _REMEDIES.get(
+                    role, f"add text.{role} to the configuration, or give --text"
+                )
+                raise ConfigError(
+                    f"stage {verb!r} needs {role}, which nothing before it makes; {remedy}"
+                )
+            inputs[role] = self.latest[role]
         return inputs
-
-    def _optional(self, role: str) -> dict[str, Stage]:
-        return {role: self.latest[role]} if role in self.latest else {}
-
-    def _need(self, role: str, verb: str, remedy: str) -> Stage:
-        if role not in self.latest:
-            raise ConfigError(
-                f"stage {verb!r} needs {role}, which nothing before it makes; {remedy}"
-            )
-        return self.latest[role]
 
     def _add(self, stage: Stage) -> Stage:
         self.done.append(stage)

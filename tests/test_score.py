@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from tests.tiny import save_tiny, tokens
 
 WINDOWS = tokens(5, 12)
 L = 4
+ONE_BLOCK: Any = SimpleNamespace(blocks=range(1))
 
 
 @pytest.fixture(scope="module")
@@ -107,15 +109,15 @@ def through(collector: Any, x: list[list[float]], y: list[list[float]]) -> Any:
     ],
 )
 def test_t2_angular_distance(x: list[float], y: list[float], expected: float) -> None:
-    collector = AngularDistance(1, torch.zeros(1, 1), positions="last")
+    collector = AngularDistance(ONE_BLOCK, torch.zeros(1, 1), positions="last")
     assert through(collector, [x], [y]).distances == [[pytest.approx(expected, abs=1e-6)]]
 
 
 def test_t3_block_influence_and_mean_angle() -> None:
     x, y = [[1.0, 0], [1.0, 1]], [[1.0, 1], [1.0, 2]]
-    influence = through(BlockInfluence(1, torch.zeros(2, 1)), x, y)
+    influence = through(BlockInfluence(ONE_BLOCK, torch.zeros(2, 1)), x, y)
     assert influence.block["block_influence"] == [pytest.approx(0.172105, abs=1e-6)]
-    distance = through(AngularDistance(1, torch.zeros(2, 1), positions="all"), x, y)
+    distance = through(AngularDistance(ONE_BLOCK, torch.zeros(2, 1), positions="all"), x, y)
     assert distance.distances == [[pytest.approx(0.176208, abs=1e-6)]]
 
 

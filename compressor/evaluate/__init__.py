@@ -23,7 +23,7 @@ METHODS = {
         "perplexity, KL and top-1 agreement with the original, bytes, tokens/s",
         "perplexity as exp of the mean next-token loss over disjoint full windows",
         "1 forward, and a timed generation",
-        "evaluation",
+        ("evaluation",),
         version=2,
     ),
 }

@@ -36,7 +36,7 @@ METHODS = {
         "low-rank adapters over a 4-bit NF4 base, merged into the dense weights",
         "arXiv:2403.17887 appendix A.1; arXiv:2305.14314",
         "about 3 forwards per window and pass",
-        "healing",
+        ("healing",),
     ),
     "lora": Method(
         "compressor.heal.train:heal",
@@ -44,6 +44,6 @@ METHODS = {
         "low-rank adapters over the dense base, merged into it",
         "arXiv:2106.09685 section 4",
         "about 3 forwards per window and pass",
-        "healing",
+        ("healing",),
     ),
 }

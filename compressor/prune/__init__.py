@@ -16,5 +16,6 @@ METHODS = {
         "remove whole blocks, renumber the rest, cut every per-layer array of the config",
         "arXiv:2403.17887 section 3.2",
         "one copy of the weights, tensor by tensor",
+        ("selection",),
     ),
 }

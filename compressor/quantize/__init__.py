@@ -35,7 +35,7 @@ METHODS = {
         "column by column, each error folded into the columns to come",
         "arXiv:2210.17323 section 3",
         "about 2 forwards and one factorisation per group of linears",
-        "calibration",
+        ("calibration",),
     ),
     "rtn": Method(
         "compressor.quantize.rtn:rtn",

@@ -44,7 +44,7 @@ METHODS = {
         "angle between the residual stream before and after every run of n blocks",
         "arXiv:2403.17887 section 3.2",
         "1 forward, shared",
-        "calibration",
+        ("calibration",),
     ),
     "block_influence": Method(
         "compressor.score.block_influence:BlockInfluence",
@@ -52,7 +52,7 @@ METHODS = {
         "1 - mean cosine between a block's input and output",
         "arXiv:2403.03853 section 3.1",
         "1 forward, shared",
-        "calibration",
+        ("calibration",),
     ),
     "layer_contribution": Method(
         "compressor.score.layer_contribution:LayerContribution",
@@ -60,7 +60,7 @@ METHODS = {
         "KL divergence of the output distribution when one block is bypassed",
         "ShortV (ICCV 2025), here for every token of a text model",
         "(L+1)/2 forwards, blocks loaded once",
-        "calibration",
+        ("calibration",),
     ),
     "lamp": Method(
         "compressor.score.lamp:lamp",

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from compressor.decoder import Decoder
 from compressor.records import Scores
 from compressor.walk import Step, storage
 
@@ -22,10 +23,10 @@ class AngularDistance:
     in L by definition; each pair costs one dot product per kept token.
     """
 
-    def __init__(self, num_blocks: int, tokens: Tensor, *, positions: str) -> None:
+    def __init__(self, decoder: Decoder, tokens: Tensor, *, positions: str) -> None:
         """Prepare for tokens (N, T)."""
         self._first = tokens.shape[1] - 1 if positions == "last" else 0
-        self._shape = (num_blocks + 1, len(tokens), tokens.shape[1] - self._first)
+        self._shape = (len(decoder.blocks) + 1, len(tokens), tokens.shape[1] - self._first)
         self._units: Tensor | None = None
 
     def update(self, step: Step, rows: slice, x_in: Tensor, x_out: Tensor) -> None:

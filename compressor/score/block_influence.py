@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from compressor.decoder import Decoder
 from compressor.records import Scores
 from compressor.walk import Step
 
@@ -15,9 +16,9 @@ class BlockInfluence:
     x_in, x_out: residual stream (B, T, D) around block i; cosines in float32, sums in float64.
     """
 
-    def __init__(self, num_blocks: int, tokens: Tensor) -> None:
+    def __init__(self, decoder: Decoder, tokens: Tensor) -> None:
         """Prepare for tokens (N, T)."""
-        self._sums = torch.zeros(num_blocks, dtype=torch.float64)
+        self._sums = torch.zeros(len(decoder.blocks), dtype=torch.float64)
         self._count = tokens.numel()
 
     def update(self, step: Step, rows: slice, x_in: Tensor, x_out: Tensor) -> None:

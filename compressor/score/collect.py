@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from compressor.decoder import Decoder
-from compressor.errors import CompressError
+from compressor.errors import CompressError, NotApplicable
 from compressor.methods import Params
 from compressor.records import Scores
 from compressor.score import METHODS
 from compressor.walk import Step, Stream, walk
 
+_TABLES = ("block", "attention", "ffn", "linear", "depth")
+
 
 class Collector(Protocol):
-    """A score that watches the walk: made with (num_blocks, tokens, **parameters)."""
+    """A score that watches the walk: made with (decoder, tokens, **parameters)."""
 
     def update(self, step: Step, rows: slice, x_in: Tensor, x_out: Tensor) -> None:
         """See one batch pass one block."""
@@ -37,35 +40,53 @@ def score(
 ) -> Scores:
     """All asked scores of a checkpoint from one walk over tokens (N, T).
 
-    Raises `CompressError` naming the block when a score is not finite.
+    A function sees the weights, or makes its own passes; a class joins the walk. A method that
+    this model cannot give is listed in `unavailable` with its reason, and the others go on.
+    Raises `NotApplicable` when none is left and `CompressError` naming the part whose score is
+    not finite.
     """
     decoder = Decoder(folder, device)
     results: list[Scores] = []
     collectors: list[Collector] = []
+    unavailable: dict[str, str] = {}
     for name, params in methods.items():
-        make = METHODS[name].load()
-        if METHODS[name].text:
-            assert tokens is not None
-            collectors.append(make(len(decoder.blocks), tokens, **dict(params)))
-        else:
-            results.append(make(decoder, **dict(params)))
+        row = METHODS[name]
+        make = row.load()
+        inputs = (decoder, tokens) if row.needs else (decoder,)
+        try:
+            made = make(*inputs, **dict(params))
+        except NotApplicable as error:
+            unavailable[name] = str(error)
+            continue
+        (collectors if inspect.isclass(make) else results).append(made)
     if collectors and tokens is not None:
         for step in walk(Stream(decoder, tokens, batch_size), "score"):
             for rows, x_in, x_out in step.advance():
                 for collector in collectors:
                     collector.update(step, rows, x_in, x_out)
         results += [collector.result() for collector in collectors]
-    return _merged(results)
+    if not results:
+        raise NotApplicable("; ".join(f"{name}: {why}" for name, why in unavailable.items()))
+    return _merged(results, unavailable)
 
 
-def _merged(results: list[Scores]) -> Scores:
-    block = {name: values for scores in results for name, values in scores.block.items()}
-    for name, values in block.items():
-        for index, value in enumerate(values):
-            if not math.isfinite(value):
-                raise CompressError(
-                    f"{name} of block {index} is {value}; the activations overflow there: compute "
-                    "in float32 (device: cpu), or check the checkpoint for damage"
-                )
+def _merged(results: list[Scores], unavailable: dict[str, str]) -> Scores:
+    tables: dict[str, dict[str, Any]] = {name: {} for name in _TABLES}
+    for kind, table in tables.items():
+        for scores in results:
+            table |= getattr(scores, kind)
+        for name, values in table.items():
+            _check_finite(name, kind, values)
     distances = next((scores.distances for scores in results if scores.distances), [])
-    return Scores(num_blocks=results[0].num_blocks, block=block, distances=distances)
+    return Scores(
+        num_blocks=results[0].num_blocks, distances=distances, unavailable=unavailable, **tables
+    )
+
+
+def _check_finite(name: str, kind: str, values: list[float] | dict[str, float]) -> None:
+    for part, value in values.items() if isinstance(values, dict) else enumerate(values):
+        if not math.isfinite(value):
+            raise CompressError(
+                f"{name} of {kind} {part} is {value}; the activations overflow there: compute "
+                "in float32 (device: cpu), or check the checkpoint for damage"
+            )

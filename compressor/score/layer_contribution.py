@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
+from compressor.decoder import Decoder
 from compressor.records import Scores
 from compressor.walk import Step, Stream, storage
 
@@ -21,13 +22,13 @@ class LayerContribution:
     """
 
     def __init__(
-        self, num_blocks: int, tokens: Tensor, *, max_windows: int, positions: str, direction: str
+        self, decoder: Decoder, tokens: Tensor, *, max_windows: int, positions: str, direction: str
     ) -> None:
         """Prepare for the first `max_windows` of tokens (N, T)."""
         self._windows = min(max_windows, len(tokens))
         self._last_only = positions == "last"
         self._full_skip = direction == "full_skip"
-        self._num_blocks = num_blocks
+        self._num_blocks = len(decoder.blocks)
         self._streams: Tensor | None = None
         self._final: Stream | None = None
 
