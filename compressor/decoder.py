@@ -8,7 +8,7 @@ blocks replaced by stand-ins, so no family needs code here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,13 +41,14 @@ class Decoder:
         self.dtype = torch.float32 if self.device.type == "cpu" else self.reader.checkpoint.dtype
         self.model = skeleton(folder, self.dtype)
         self.blocks = Blocks(self.model)
-        self._calls: dict[int, list[Call]] = {}
+        self._shapes = {name: each.shape for name, each in self.model.state_dict().items()}
+        self._calls: dict[tuple[str, int, int], list[Call]] = {}
         self._load_shell()
 
     def _load_shell(self) -> None:
         inside = self.blocks.prefix + "."
         tied: Any = self.model.all_tied_weights_keys
-        shell = [n for n in self.model.state_dict() if not n.startswith(inside) and n not in tied]
+        shell = [n for n in self._shapes if not n.startswith(inside) and n not in tied]
         self.model.load_state_dict({n: self._read(n) for n in shell}, strict=False, assign=True)
         self.model.tie_weights()  # type: ignore[operator]
         for name, buffer in self.model.named_buffers():
@@ -56,26 +57,32 @@ class Decoder:
 
     def _read(self, name: str) -> Tensor:
         weight = self.reader.read(name).to(self.device, self.dtype)
-        expected = self.model.state_dict()[name].shape
-        if weight.shape != expected:
+        if weight.shape != self._shapes[name]:
             raise CheckpointError(
                 f"{self.reader.checkpoint.folder}: {name} has shape {tuple(weight.shape)}, "
-                f"but config.json says {tuple(expected)}"
+                f"but config.json says {tuple(self._shapes[name])}"
             )
-        if not torch.isfinite(weight).all():
+        if not torch.isfinite(torch.stack(weight.aminmax())).all():  # reads once, writes nothing
             raise CheckpointError(
                 f"{self.reader.checkpoint.folder}: {name} holds NaN or infinity; "
                 "the checkpoint is damaged, fetch it again"
             )
         return weight
 
+    def weight(self, index: int, name: str) -> Tensor:
+        """A weight of block `index` by its name inside the block, read from disk."""
+        return self._read(f"{self.blocks.prefix}.{index}.{name}")
+
     @contextmanager
-    def resident(self, index: int) -> Iterator[nn.Module]:
-        """Give block `index` its weights for the length of a `with` block."""
+    def resident(
+        self, index: int, weights: Mapping[str, Tensor] | None = None
+    ) -> Iterator[nn.Module]:
+        """Give block `index` its weights, or those given, for the length of a `with` block."""
         block = self.blocks.layers[index]
         meta = dict(block.state_dict())
-        path = f"{self.blocks.prefix}.{index}"
-        block.load_state_dict({n: self._read(f"{path}.{n}") for n in meta}, assign=True)
+        if weights is None:
+            weights = {name: self.weight(index, name) for name in meta}
+        block.load_state_dict(weights, strict=False, assign=True)
         try:
             yield block.eval()
         finally:
@@ -85,7 +92,7 @@ class Decoder:
     def embed(self, tokens: Tensor) -> Tensor:
         """Residual stream entering block 0, (B, T, D), from tokens (B, T).
 
-        Also remembers, per batch size, the masks and positions the model hands its blocks.
+        Also remembers, per shape, the masks and positions the model hands its blocks.
         """
         calls: list[Call] = []
         stream: list[Tensor] = []
@@ -98,18 +105,46 @@ class Decoder:
         with self._stand_in(record):
             decoder: Any = self.model.get_decoder()  # type: ignore[operator]
             decoder(input_ids=tokens.to(self.device), use_cache=False)
-        self._calls[len(tokens)] = calls
+        self._calls[self._kind(stream[0])] = calls
         return stream[0]
 
     def run(self, index: int, x: Tensor) -> Tensor:
         """Residual stream after the resident block `index`, (B, T, D) from (B, T, D)."""
-        args, kwargs = self._calls[len(x)][index]
+        args, kwargs = self._calls[self._kind(x)][index]
         block = self.blocks.layers[index]
         return hidden(type(block).forward(block, x.to(self.device), *args, **kwargs))
 
-    @torch.no_grad()
+    def _kind(self, x: Tensor) -> tuple[str, int, int]:
+        """What the masks depend on: how attention is computed, batch size and length."""
+        config: Any = self.model.config
+        return config._attn_implementation, x.shape[0], x.shape[1]
+
+    @contextmanager
+    def eager_attention(self) -> Iterator[None]:
+        """Attention by explicit maps, for the length of a `with` block.
+
+        Its masks differ from those of fused kernels, so shapes must be embedded under it too.
+        """
+        model: Any = self.model
+        usual = model.config._attn_implementation
+        model.set_attn_implementation("eager")
+        try:
+            yield
+        finally:
+            model.set_attn_implementation(usual)
+
     def logits(self, x: Tensor) -> Tensor:
         """Logits (B, T, V) in float32 from the residual stream after the last block."""
+        return self._behind(self.model, x).logits.float()  # type: ignore[no-any-return]
+
+    def normed(self, x: Tensor) -> Tensor:
+        """What the head reads, (B, T, D) in float32: the stream behind the final norm."""
+        decoder: Any = self.model.get_decoder()  # type: ignore[operator]
+        return self._behind(decoder, x).last_hidden_state.float()  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def _behind(self, model: Any, x: Tensor) -> Any:
+        """The output of `model` when its last block returns `x`."""
         first = True
 
         def inject(own: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -119,8 +154,7 @@ class Decoder:
 
         placeholder = torch.zeros(x.shape[:2], dtype=torch.long, device=self.device)
         with self._stand_in(inject):
-            output: Any = self.model(input_ids=placeholder, use_cache=False)
-        return output.logits.float()  # type: ignore[no-any-return]
+            return model(input_ids=placeholder, use_cache=False)
 
     @contextmanager
     def _stand_in(self, forward: Callable[..., Tensor]) -> Iterator[None]:

@@ -25,6 +25,7 @@ LAYERS = (
     {"blocks", "dense"},
     {"decoder"},
     {"walk", "model", "text", "sublayers"},
+    {"cut"},
     {"trial"},
 )
 """Modules of the library from the ground up; a module imports from lower layers only."""
