@@ -26,7 +26,7 @@ ifeq ($(EXTRA),cpu)
 else
 	$(PIP) 'torch==$(TORCH)'
 endif
-	$(PIP) --editable '.[$(EXTRA),hub,dev]'
+	$(PIP) --editable '.[$(EXTRA),hub,plot,dev]'
 	touch $@
 
 $(VENV)/demo: $(VENV)/installed

@@ -84,7 +84,9 @@ class MissingDependency(CompressError):
 
 
 def did_you_mean(word: str, options: Iterable[str]) -> str:
-    """Return `` (did you mean 'x'?)`` for the closest option, else the options."""
+    """Return `` (did you mean 'x'?)`` for the closest option, else the options, if any."""
     known = sorted(options)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else f"; known: {', '.join(known)}"
+    if close:
+        return f" (did you mean {close[0]!r}?)"
+    return f"; known: {', '.join(known)}" if known else ""

@@ -21,6 +21,10 @@ from compressor.errors import CompressError, did_you_mean
 COMMANDS = {
     "run": ("pipelines.commands:run", "Run a configuration: build what is missing, skip the rest."),
     "plan": ("pipelines.commands:plan", "Show what a run would do and what is already there."),
+    "compare": (
+        "pipelines.compare_command:compare",
+        "Compare ways to choose what goes, at one budget.",
+    ),
     "show": ("pipelines.commands:show", "Print the table of a finished run again."),
     "score": ("pipelines.verbs:score", "Score how much each block of a model matters."),
     "select": ("pipelines.verbs:select", "Choose the blocks to remove from a scores file."),

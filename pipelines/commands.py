@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -95,7 +94,7 @@ def execute(
         folders = list(record["exports"].values()) or [record["stages"][-1]["folder"]]
         click.echo("\n".join(folders))
     else:
-        display.print_summary(record, _stdout())
+        display.print_summary(record, display.stdout())
     return record
 
 
@@ -109,7 +108,7 @@ def plan(config: Path, overrides: tuple[str, ...], store: Path, as_json: bool) -
     stages = make_plan(configuration.load(config, overrides))
     artifacts = Store(store / "store")
     if not as_json:
-        display.print_plan(stages, artifacts, _stdout())
+        display.print_plan(stages, artifacts, display.stdout())
         return
     listing = [
         {
@@ -142,7 +141,7 @@ def show(name: str, store: Path, as_json: bool, markdown: bool) -> None:
     elif markdown:
         click.echo(table.markdown(record))
     else:
-        display.print_summary(record, _stdout())
+        display.print_summary(record, display.stdout())
 
 
 @click.command()
@@ -203,7 +202,7 @@ def methods(verb: str | None, as_json: bool) -> None:
         grid.add_row(
             *(str(row[name]) for name in ("verb", "method", "summary", "source", "cost", "needs"))
         )
-    _stdout().print(grid)
+    display.stdout().print(grid)
 
 
 @click.command()
@@ -222,9 +221,4 @@ def doctor(store: Path, as_json: bool) -> None:
         grid.add_column(heading)
     for check in checks:
         grid.add_row(*map(escape, (check.name, check.state, check.found, check.fix)))
-    _stdout().print(grid)
-
-
-def _stdout() -> Console:
-    console = Console()
-    return console if console.is_terminal else Console(width=160)
+    display.stdout().print(grid)

@@ -73,6 +73,13 @@ def load(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
 
     Raises `ConfigError` with one line per fault: file, line, key, what was expected.
     """
+    tree = read(path)
+    override(tree, overrides)
+    return parse(tree, str(path))
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The tree of a YAML file, unchecked; raises `ConfigError` when it holds none."""
     try:
         tree = YAML(typ="rt").load(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError):
@@ -87,9 +94,13 @@ def load(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
         raise ConfigError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected keys such as name, model, text, stages")
-    for override in overrides:
-        _override(tree, override)
-    return parse(tree, str(path))
+    return tree
+
+
+def override(tree: dict[str, Any], overrides: tuple[str, ...]) -> None:
+    """Apply `a.b=c` overrides to a tree, in place; raises `ConfigError` for one that cannot be."""
+    for each in overrides:
+        _override(tree, each)
 
 
 def parse(tree: dict[str, Any], origin: str) -> RunConfig:

@@ -34,6 +34,12 @@ _LINE_EVERY_SECONDS = 15
 _WIDE = 124  # columns that hold the summary upright; below, stages stand side by side
 
 
+def stdout() -> Console:
+    """Standard output, wide enough for a table where it is not a terminal."""
+    out = Console()
+    return out if out.is_terminal else Console(width=160)
+
+
 class Bars:
     """Draws bars on a terminal and plain lines into a log file."""
 

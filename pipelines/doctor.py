@@ -21,6 +21,7 @@ REQUIRED = (
 OPTIONAL = {
     "onnx-ir": ("cpu", "writing ONNX"),
     "datasets": ("hub", "hub data sets"),
+    "matplotlib": ("plot", "pictures"),
     "lm-eval": ("eval", "task evaluation"),
 }
 RUNTIMES = ("onnxruntime", "onnxruntime-gpu")

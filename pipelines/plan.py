@@ -73,6 +73,23 @@ def plan(config: RunConfig, fingerprints: Mapping[str, str]) -> list[Stage]:
     return planner.done
 
 
+def plan_choices(
+    config: RunConfig, pins: Mapping[str, str], choices: Mapping[str, StageConfig]
+) -> tuple[list[Stage], dict[str, Stage]]:
+    """The stages that lead to the scores of `config`, and a select stage per choice on top.
+
+    Raises `ConfigError` like `plan`.
+    """
+    planner = _Planner(config, pins)
+    planner.add_model()
+    for role in ROLES:
+        planner.add_text(role)
+    for stage in config.stages:
+        planner.add_stage(stage)
+    shared = list(planner.done)
+    return shared, {label: planner.add_stage(asked, label) for label, asked in choices.items()}
+
+
 def text_source(config: RunConfig, role: str) -> TextSource | None:
     """The source a text role reads: its own, or the shared one; None for a role not asked for."""
     text = config.head.text
@@ -130,7 +147,7 @@ class _Planner:
         self._add(stage)
         self.latest.setdefault("reference", stage)
 
-    def add_stage(self, asked: StageConfig) -> None:
+    def add_stage(self, asked: StageConfig, label: str = "") -> Stage:
         table = {name: methods(asked.verb)[name] for name in asked.methods}
         params: dict[str, Any] = {n: p.model_dump(mode="json") for n, p in asked.methods.items()}
         if asked.verb == "heal":
@@ -138,7 +155,7 @@ class _Planner:
         if asked.verb == "export":  # the graph is timed with the same settings
             params["evaluate"] = self.head.evaluate.model_dump(mode="json")
         before = sum(stage.verb == asked.verb for stage in self.done)
-        label = f"{asked.verb} {before + 1}" if before else asked.verb
+        label = label or (f"{asked.verb} {before + 1}" if before else asked.verb)
         stage = self._add(
             Stage(
                 verb=asked.verb,
@@ -159,6 +176,7 @@ class _Planner:
             self.add_evaluation(label)
         elif asked.verb in ("score", "select"):
             self.latest["scores" if asked.verb == "score" else "selection"] = stage
+        return stage
 
     def _inputs(self, verb: str, roles: set[str]) -> dict[str, Stage]:
         inputs = {"checkpoint": self.latest["checkpoint"]}

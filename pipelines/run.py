@@ -23,6 +23,7 @@ from pipelines.plan import ROLES, Stage, plan, text_source
 RECORD_FORMAT = 1
 LIBRARIES = ("torch", "transformers", "safetensors", "peft", "bitsandbytes", "compressed-tensors")
 Event = Literal["cached", "start", "done", "damaged"]
+OnEvent = Callable[[Event, Stage], None]
 
 
 @dataclass(frozen=True)
@@ -63,17 +64,22 @@ class Options:
     first: str | None = None
     last: str | None = None
     force: bool = False
-    on_event: Callable[[Event, Stage], None] = field(default=lambda event, stage: None)
+    on_event: OnEvent = field(default=lambda event, stage: None)
 
 
 def make_plan(config: RunConfig) -> list[Stage]:
     """Pin the sources by content and plan; imports no torch."""
+    return plan(config, pin(config))
+
+
+def pin(config: RunConfig) -> dict[str, str]:
+    """What pins the model and each text role by content."""
     pins = {"model": fingerprint_model(config.head.model)}
     for role in ROLES:
         source = text_source(config, role)
         if source:
             pins[role] = fingerprint_text(source)
-    return plan(config, pins)
+    return pins
 
 
 def run(config: RunConfig, store: Store, options: Options) -> dict[str, Any]:
@@ -85,23 +91,31 @@ def run(config: RunConfig, store: Store, options: Options) -> dict[str, Any]:
     stages = make_plan(config)
     start, stop = _span(stages, options)
     for index, stage in enumerate(stages[:stop]):
-        status = store.status(stage.verb, stage.key)
-        if status == "damaged":
-            options.on_event("damaged", stage)
-            store.set_aside(stage.verb, stage.key)
         again = options.force and index >= start and stage.verb not in ("model", "text")
-        if status == "cached" and not again:
-            options.on_event("cached", stage)
-            continue
-        if index < start and stage.verb not in ("model", "text", "evaluate"):
+        there = store.status(stage.verb, stage.key) == "cached"
+        if index < start and not there and stage.verb not in ("model", "text", "evaluate"):
             raise ArtifactError(
                 f"--from {options.first} needs the result of {stage.label!r}, which is not stored; "
                 "run without --from"
             )
-        options.on_event("start", stage)
-        _build(stage, config, store)
-        options.on_event("done", stage)
+        ensure(stage, config, store, options.on_event, again=again)
     return _record(config, stages[:stop], store)
+
+
+def ensure(
+    stage: Stage, config: RunConfig, store: Store, on_event: OnEvent, *, again: bool = False
+) -> None:
+    """Build a stage unless it is stored in full; what is damaged is set aside first."""
+    status = store.status(stage.verb, stage.key)
+    if status == "damaged":
+        on_event("damaged", stage)
+        store.set_aside(stage.verb, stage.key)
+    if status == "cached" and not again:
+        on_event("cached", stage)
+        return
+    on_event("start", stage)
+    _build(stage, config, store)
+    on_event("done", stage)
 
 
 def _span(stages: list[Stage], options: Options) -> tuple[int, int]:

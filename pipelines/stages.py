@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
@@ -12,11 +15,12 @@ from torch import Tensor
 
 from compressor.blocks import Blocks
 from compressor.checkpoint import write_json
-from compressor.decoder import skeleton
+from compressor.decoder import Decoder, skeleton
 from compressor.model import load_tokenizer, materialise
 from compressor.quantize import RtnParams
 from compressor.records import Scores, Selection
 from compressor.text import windows
+from compressor.trial import Trial
 from pipelines.config import methods
 from pipelines.plan import ROLES, text_source
 from pipelines.run import Job
@@ -176,6 +180,22 @@ def evaluate(job: Job) -> dict[str, Any]:
             repeats=timing.repeats,
         )
     return metrics
+
+
+def trial(job: Job) -> dict[str, Any]:
+    """Quality on held-out text of the model with parts removed, without removing them."""
+    selection = Selection.model_validate(dict(job.stage.params))
+    windows_file = job.inputs["evaluation"] / WINDOWS
+    batch_size = job.config.head.batch_size
+    tried = _opened(job.inputs["checkpoint"], windows_file, job.device, batch_size)
+    return dataclasses.asdict(tried.compare(selection))
+
+
+@functools.lru_cache(maxsize=1)
+def _opened(folder: Path, windows_file: Path, device: str, batch_size: int) -> Trial:
+    """One trial for all selections of a comparison: the original's outputs are computed once."""
+    tokens = load_file(windows_file)["tokens"]
+    return Trial(Decoder(folder, device), tokens, batch_size=batch_size)
 
 
 def _tokens(job: Job, role: str) -> Tensor | None:

@@ -19,6 +19,7 @@ from pipelines import config as configuration
 from pipelines.commands import JSON, QUIET, STORE, execute
 from pipelines.run import Options
 
+Builder = Callable[..., dict[str, Any]]
 _OWN = ("blocks",)
 """Parameters with an option of their own spelling."""
 
@@ -73,21 +74,23 @@ class _YamlValue(click.ParamType[Any]):
 
 
 def _verb(verb: str, role: str | None) -> Callable[[Callable[..., Any]], click.Command]:
-    """Decorate a stage builder with the model, text, output and parameter options of a verb."""
+    """Decorate the builder of a configuration with a verb's model, text and method options."""
 
-    def decorate(build: Callable[..., list[Any]]) -> click.Command:
+    def decorate(build: Builder) -> click.Command:
         def command(
             model: str, out: Path | None, store: Path, as_json: bool, quiet: bool, **given: Any
         ) -> None:
             text = {
                 name: given.pop(name) for name in ("text", "field", "windows", "length") if role
             }
-            stages = build(**{k: v for k, v in given.items() if v is not None})
-            tree = {"name": _name(verb, model), "model": model_source(model), "stages": stages}
+            tree = {"name": run_name(verb, model), "model": model_source(model)}
+            tree |= build(**{k: v for k, v in given.items() if v is not None})
+            if verb == "evaluate" and not text["text"]:
+                raise click.UsageError("evaluate needs --text, which the model was not made from")
             if role and text["text"]:
-                tree["text"] = {role: _role(**text)}
+                tree["text"] = {role: text_role(**text)}
             checked = configuration.parse(tree, f"compress {verb}")
-            _refuse_existing(out)
+            refuse_existing(out)
             record = execute(checked, store, Options(), as_json=as_json, quiet=quiet)
             if out:
                 _deliver(Path(record["stages"][-1]["folder"]), out)
@@ -111,7 +114,7 @@ def _verb(verb: str, role: str | None) -> Callable[[Callable[..., Any]], click.C
 
 
 @_verb("score", "calibration")
-def score(method: str | None = None, **params: Any) -> list[Any]:
+def score(method: str | None = None, **params: Any) -> dict[str, Any]:
     """Score the blocks of MODEL; --method takes several names, joined by commas.
 
     \b
@@ -123,13 +126,15 @@ def score(method: str | None = None, **params: Any) -> list[Any]:
     for name in names:
         known = table[name].params.model_fields if name in table else params
         chosen[name] = {key: value for key, value in params.items() if key in known}
-    return [{"score": chosen}]
+    return {"stages": [{"score": chosen}]}
 
 
 @_verb("prune", None)
 @click.option("--selection", type=click.Path(path_type=Path), help="A selection.json.")
 @click.option("--blocks", help="Blocks to remove, such as 13-18 or 3,7,12.")
-def prune(selection: Path | None = None, blocks: str | None = None, **params: Any) -> list[Any]:
+def prune(
+    selection: Path | None = None, blocks: str | None = None, **params: Any
+) -> dict[str, Any]:
     """Remove blocks from MODEL, by list or by a selection file.
 
     \b
@@ -138,47 +143,47 @@ def prune(selection: Path | None = None, blocks: str | None = None, **params: An
     if (selection is None) == (blocks is None):
         raise click.UsageError("give exactly one of --selection and --blocks")
     drop = Selection.load(selection).drop_blocks if selection else parse_blocks(blocks or "")
-    return [{"select": {"method": "fixed", "blocks": drop}}, {"prune": params}]
+    return {"stages": [{"select": {"method": "fixed", "blocks": drop}}, {"prune": params}]}
 
 
 @_verb("heal", "healing")
-def heal(**params: Any) -> list[Any]:
+def heal(**params: Any) -> dict[str, Any]:
     """Train MODEL on TEXT with low-rank adapters and merge them; resumes after a crash.
 
     \b
     compress heal shallower --text corpus.jsonl --field text --windows 256 -o healed
     """
-    return [{"heal": params}]
+    return {"stages": [{"heal": params}]}
 
 
 @_verb("quantize", "calibration")
-def quantize(**params: Any) -> list[Any]:
+def quantize(**params: Any) -> dict[str, Any]:
     """Store the linears of MODEL in few bits, as compressed-tensors that runtimes load.
 
     \b
     compress quantize MODEL --bits 4 --group-size 64 --text corpus.txt -o model-4bit
     """
-    return [{"quantize": params}]
+    return {"stages": [{"quantize": params}]}
 
 
 @_verb("export", None)
-def export(**params: Any) -> list[Any]:
+def export(**params: Any) -> dict[str, Any]:
     """Write MODEL as a safetensors folder and an ONNX folder, and check them against each other.
 
     \b
     compress export model-4bit -o exported
     """
-    return [{"export": params}]
+    return {"stages": [{"export": params}]}
 
 
 @_verb("evaluate", "evaluation")
-def evaluate(**params: Any) -> list[Any]:
-    """Measure perplexity over held-out TEXT, size and speed of MODEL.
+def evaluate(**params: Any) -> dict[str, Any]:
+    """Measure perplexity over held-out --text, size and speed of MODEL.
 
     \b
     compress evaluate MODEL --text heldout.txt --windows 32
     """
-    return []
+    return {"evaluate": params}
 
 
 @click.command()
@@ -239,7 +244,8 @@ def parse_blocks(text: str) -> list[int]:
     return sorted(blocks)
 
 
-def _role(text: str, field: str | None, windows: int, length: int) -> dict[str, Any]:
+def text_role(text: str, field: str | None, windows: int, length: int) -> dict[str, Any]:
+    """A text role from what a person types: a file, PACKAGE:FILE or hub:DATASET."""
     source: dict[str, Any]
     package, _, file = text.partition(":")
     if Path(text).exists() or not file:
@@ -253,11 +259,13 @@ def _role(text: str, field: str | None, windows: int, length: int) -> dict[str, 
     return {"source": source, "windows": windows, "length": length}
 
 
-def _name(verb: str, model: str) -> str:
+def run_name(verb: str, model: str) -> str:
+    """The name of a run that a verb alone makes."""
     return re.sub(r"[^\w.-]+", "-", f"{verb}-{Path(model).name}").strip("-.")
 
 
-def _refuse_existing(out: Path | None) -> None:
+def refuse_existing(out: Path | None) -> None:
+    """Raise `ConfigError` when there is something at `out` already."""
     if out and out.exists():
         raise ConfigError(f"--out {out}: exists already; give a new path")
 

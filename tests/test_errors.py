@@ -11,6 +11,7 @@ def test_a_near_miss_is_named() -> None:
 
 def test_else_the_options_are_listed() -> None:
     assert did_you_mean("zzz", ["rank", "alpha"]) == "; known: alpha, rank"
+    assert did_you_mean("zzz", []) == ""
 
 
 def test_a_missing_package_comes_with_its_command() -> None:

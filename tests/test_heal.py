@@ -252,3 +252,11 @@ def test_uneven_batches_are_refused(tmp_path: Path) -> None:
     save_tiny(tmp_path / "source", "llama")
     with pytest.raises(HealingError, match="batch_size 3 is not a multiple of micro_batch_size 2"):
         run(tmp_path, PARAMS.model_copy(update={"batch_size": 3, "micro_batch_size": 2}))
+
+
+def test_many_passes_over_few_windows_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_tiny(tmp_path / "source", "llama")
+    run(tmp_path, PARAMS.model_copy(update={"steps": 40}))
+    assert "40 steps of 2 windows go 13 times over 6 windows" in caplog.text

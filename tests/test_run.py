@@ -233,6 +233,15 @@ def test_a_verb_alone_delivers_a_folder(project: Path) -> None:
     )
 
 
+def test_evaluate_alone_takes_its_settings(project: Path) -> None:
+    text = ["--text", "corpus.jsonl", "--field", "text", "--windows", "2", "--length", "16"]
+    timing = ["--prompt-tokens", "3", "--new-tokens", "2", "--repeats", "1", "--json"]
+    result = compress(project, "evaluate", "model", *text, *timing)
+    assert result.returncode == 0, result.stderr
+    speed = json.loads(result.stdout)["stages"][-1]["metrics"]["speed"]
+    assert (speed["prompt_tokens"], speed["new_tokens"], speed["repeats"]) == (3, 2, 1)
+
+
 @pytest.mark.parametrize(
     ("args", "code", "said"),
     [
@@ -255,6 +264,7 @@ def test_a_verb_alone_delivers_a_folder(project: Path) -> None:
         (["score", "model", "--method", "lampp"], 1, "did you mean 'lamp'"),
         (["quantize", "model", "--group-size", "16"], 1, "add text.calibration"),
         (["show", "tny"], 1, "did you mean 'tiny'"),
+        (["evaluate", "model"], 2, "evaluate needs --text"),
     ],
 )
 def test_bad_input_is_one_clear_line(project: Path, args: list[str], code: int, said: str) -> None:

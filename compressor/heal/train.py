@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shutil
 from pathlib import Path
@@ -33,8 +34,10 @@ from compressor.errors import HealingError
 from compressor.heal import LoraParams, QloraParams
 from compressor.heal.merge import merge
 
+log = logging.getLogger(__name__)
 ADAPTER = "adapter"
 METRICS = "metrics.jsonl"
+_MANY_PASSES = 8
 
 
 def heal(
@@ -61,6 +64,13 @@ def heal(
             f"batch_size {params.batch_size} is not a multiple of micro_batch_size "
             f"{params.micro_batch_size}"
         )
+    passes = params.steps * params.batch_size / len(tokens)
+    if passes > _MANY_PASSES:
+        log.warning(
+            "heal: %d steps of %d windows go %.0f times over %d windows, which learns them by "
+            "heart: give more text.healing.windows, or fewer heal.steps",
+            params.steps, params.batch_size, passes, len(tokens),
+        )  # fmt: skip
     torch.manual_seed(seed)
     model = _adapted(source, params, device)
     with progress.task("heal", params.steps) as bar:

@@ -1,0 +1,132 @@
+"""Compare ways to choose what goes: every score with every selection, at one budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from compressor.artifact import Store
+from compressor.errors import ConfigError, NotApplicable, SelectionError, did_you_mean
+from compressor.records import Scores, Selection
+from pipelines.config import RunConfig, StageConfig, methods
+from pipelines.leaderboard import describe
+from pipelines.plan import Stage, plan_choices
+from pipelines.run import OnEvent, ensure, pin
+
+FORMAT = 1
+PARTS = ("block", "attention", "ffn", "both")
+_TRIED = {
+    "drop_blocks", "drop_attention", "drop_ffn", "reuse_attention", "reuse_ffn", "num_blocks",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to choose: a selection, the score it goes by (if it goes by one), its settings."""
+
+    selection: str
+    score: str | None
+    settings: Mapping[str, Any]
+
+    @property
+    def label(self) -> str:
+        """Its name in the leaderboard."""
+        return f"{self.selection} / {self.score}" if self.score else self.selection
+
+    @property
+    def stage(self) -> StageConfig:
+        """The select stage that makes it."""
+        params = methods("select")[self.selection].params
+        return StageConfig("select", {self.selection: params.model_validate(self.settings)})
+
+
+def choices(
+    selections: Iterable[str], scores: Iterable[str], budget: int, part: str
+) -> list[Choice]:
+    """Every selection with every score it can go by; `budget` counts what `part` names.
+
+    Raises `ConfigError` for a selection that is unknown or cannot remove such parts.
+    """
+    table, found = methods("select"), []
+    for name in selections:
+        if name not in table:
+            raise ConfigError(f"no selection {name!r}{did_you_mean(name, table)}")
+        fields = table[name].params.model_fields
+        if "n" not in fields or (part != "block" and "part" not in fields):
+            raise ConfigError(f"selection {name!r} cannot be asked for {budget} x {part}")
+        settings = {"n": budget} | ({"part": part} if "part" in fields else {})
+        if "score" in fields:
+            found += [Choice(name, score, settings | {"score": score}) for score in scores]
+        else:
+            found.append(Choice(name, None, settings))
+    return found
+
+
+def compare(
+    config: RunConfig, store: Store, asked: list[Choice], on_event: OnEvent
+) -> dict[str, Any]:
+    """Make every choice and try it on held-out text; what is stored is not done again.
+
+    Choices that come to the same parts are tried once. A choice that cannot be made is listed
+    with its reason, and the others go on. Returns the leaderboard, the least loss first.
+    Raises `SelectionError` when not one could be made.
+    """
+    shared, selects = plan_choices(config, pin(config), {c.label: c.stage for c in asked})
+    for stage in shared:
+        ensure(stage, config, store, on_event)
+    inputs = {stage.label: stage for stage in shared}
+    scores = Scores.load(store.folder("score", inputs["score"].key) / "scores.json")
+
+    def tried(selection: Selection) -> dict[str, Any]:
+        stage = _trial(selection, inputs)
+        ensure(stage, config, store, on_event)
+        return store.manifest(stage.verb, stage.key).metrics
+
+    original = tried(Selection(num_blocks=scores.num_blocks))
+    rows, failed = [], []
+    for choice in asked:
+        select = selects[choice.label]
+        try:
+            ensure(select, config, store, on_event)
+        except (SelectionError, NotApplicable) as error:
+            why = scores.unavailable.get(choice.score or "", str(error))
+            failed.append({"choice": choice.label, "reason": why})
+            continue
+        selection = Selection.load(store.folder(select.verb, select.key) / "selection.json")
+        quality = tried(selection)
+        rows.append(
+            {
+                "choice": choice.label,
+                "selection": choice.selection,
+                "score": choice.score,
+                **quality,
+                "added": quality["loss"] - original["loss"],
+                "evaluations": selection.evaluations,
+                "seconds": store.manifest(select.verb, select.key).seconds,
+                "parts": selection.model_dump(mode="json", include=_TRIED),
+            }
+        )
+    if not rows:
+        reasons = "; ".join(f"{row['choice']}: {row['reason']}" for row in failed)
+        raise SelectionError(f"no choice could be made ({reasons})")
+    return {
+        "format": FORMAT,
+        "name": config.head.name,
+        "num_blocks": scores.num_blocks,
+        "original": original,
+        "rows": sorted(rows, key=lambda row: row["loss"]),
+        "failed": failed,
+        "score_seconds": store.manifest("score", inputs["score"].key).seconds,
+    }
+
+
+def _trial(selection: Selection, inputs: Mapping[str, Stage]) -> Stage:
+    """The stage that tries a selection: keyed by its parts alone, however they were chosen."""
+    return Stage(
+        "trial",
+        f"try {describe(selection)}",
+        "quality",
+        selection.model_dump(mode="json", include=_TRIED),
+        {"checkpoint": inputs["model"], "evaluation": inputs["text evaluation"]},
+    )

@@ -1,0 +1,123 @@
+"""`compress compare`: the leaderboard of ways to choose, on the user's own model and text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from compressor import progress
+from compressor.artifact import Store
+from compressor.errors import ConfigError, MissingDependency
+from pipelines import compare as contest
+from pipelines import config as configuration
+from pipelines import display, leaderboard
+from pipelines.commands import JSON, QUIET, SET, STORE
+from pipelines.run import Event
+from pipelines.verbs import MODEL, TEXT, model_source, refuse_existing, run_name, text_role
+
+SCORES = "angular_distance,block_influence,lamp"
+SELECTIONS = "contiguous,lowest,simple"
+
+
+@click.command()
+@MODEL
+@click.option("--budget", type=click.IntRange(min=1), required=True, help="How many parts go.")
+@click.option(
+    "--part", type=click.Choice(contest.PARTS), default="block", show_default=True,
+    help="What a part is: a block, an attention, a feed-forward, or either (both).",
+)  # fmt: skip
+@click.option("--scores", default=SCORES, show_default=True, help="Names, joined by commas.")
+@click.option("--selections", default=SELECTIONS, show_default=True, help="Names, likewise.")
+@click.option("--held-out", type=int, default=16, show_default=True, help="Windows to judge by.")
+@TEXT[0]
+@TEXT[1]
+@TEXT[2]
+@TEXT[3]
+@SET
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path),
+    help="Folder for leaderboard.json, leaderboard.md and leaderboard.png (must be new).",
+)  # fmt: skip
+@STORE
+@JSON
+@QUIET
+def compare(
+    model: str,
+    budget: int,
+    part: str,
+    scores: str,
+    selections: str,
+    out: Path | None,
+    store: Path,
+    as_json: bool,
+    quiet: bool,
+    **given: Any,
+) -> None:
+    """Compare scores x selections at one budget: what each removes and what that costs.
+
+    MODEL may also be a configuration (.yaml), whose model and text are used. Nothing is
+    removed for it: the parts are bypassed, on held-out text that no choice has seen. What is
+    stored is not done again, so an interrupted comparison goes on where it stopped.
+
+    \b
+    compress compare MODEL --budget 6 --text corpus.txt
+    compress compare configs/demo.yaml --budget 6 --scores angular_distance,lamp \\
+        --selections contiguous,lowest,sleb -o comparison
+    """
+    names = [name.strip() for name in scores.split(",")]
+    asked = contest.choices([name.strip() for name in selections.split(",")], names, budget, part)
+    checked = configuration.parse(_tree(model, names, given), f"compress compare {model}")
+    if out:
+        refuse_existing(out)
+    if not quiet:
+        progress.install(display.Bars())
+
+    def on_event(event: Event, stage: Any) -> None:
+        if not quiet and event != "cached":
+            display.announce(event, stage)
+
+    board = contest.compare(checked, Store(store / "store"), asked, on_event)
+    if out:
+        _save(board, out)
+    if as_json:
+        click.echo(json.dumps(board, indent=1))
+    elif quiet:
+        click.echo(board["rows"][0]["choice"] if board["rows"] else "")
+    else:
+        leaderboard.show(board, display.stdout())
+
+
+def _tree(model: str, scores: list[str], given: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of the shared stages: model, held-out and calibration text, scores."""
+    tree: dict[str, Any] = {}
+    if model.endswith((".yaml", ".yml")):
+        tree = configuration.read(Path(model))
+        tree.setdefault("text", {}).pop("healing", None)
+    else:
+        tree = {"model": model_source(model)}
+        if not given["text"]:
+            raise ConfigError("give --text: choices are made on one part of it, judged on another")
+        calibration = text_role(given["text"], given["field"], given["windows"], given["length"])
+        tree["text"] = {
+            "calibration": calibration,
+            "evaluation": calibration | {"windows": given["held_out"]},
+        }
+    tree["name"] = run_name("compare", model)
+    tree["stages"] = [{"score": {name: {} for name in scores}}]
+    configuration.override(tree, given["overrides"])
+    return tree
+
+
+def _save(board: dict[str, Any], out: Path) -> None:
+    out.mkdir(parents=True)
+    text = json.dumps(board, indent=1) + "\n"
+    (out / "leaderboard.json").write_text(text, encoding="utf-8")
+    (out / "leaderboard.md").write_text(leaderboard.markdown(board), encoding="utf-8")
+    try:
+        leaderboard.plot(board, out / "leaderboard.png")
+    except MissingDependency as error:
+        click.echo(f"no picture: {error}", err=True)
+    click.echo(f"written to {out}", err=True)
