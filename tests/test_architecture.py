@@ -24,8 +24,8 @@ LAYERS = (
     {"fetch", "artifact", "records", "checkpoint", "moments"},
     {"blocks", "dense"},
     {"decoder"},
-    {"walk", "model", "text", "sublayers"},
-    {"trial"},
+    {"walk", "model", "text", "sublayers", "magnitude"},
+    {"trial", "inputs"},
 )
 """Modules of the library from the ground up; a module imports from lower layers only."""
 

@@ -19,7 +19,7 @@ from compressor.decoder import Decoder
 from compressor.errors import QuantizationError
 from compressor.quantize import METHODS, RtnParams
 from compressor.quantize.grid import Grid, QuantizedWeight
-from compressor.quantize.inputs import Group, input_gram, input_groups
+from compressor.inputs import Group, input_gram, input_groups
 from compressor.quantize.write import PackedWriter
 from compressor.walk import Stream, walk
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from compressor.blocks import weight_of
-from compressor.errors import QuantizationError
+from compressor.errors import CompressError, UnsupportedArchitecture
 from compressor.moments import Gram
 from compressor.walk import Step
 
@@ -24,7 +25,7 @@ def input_groups(step: Step, linears: dict[str, nn.Module]) -> list[Group]:
     """Linears of a block in the order they run, grouped by sharing one input tensor.
 
     Found by running one window and watching, so no family has to declare it.
-    Raises `QuantizationError` for a linear that the block's forward never runs.
+    Raises `UnsupportedArchitecture` for a linear that the block's forward never runs.
     """
     groups: list[Group] = []
     inputs: list[Tensor] = []
@@ -37,11 +38,9 @@ def input_groups(step: Step, linears: dict[str, nn.Module]) -> list[Group]:
         inputs.append(x)
         groups.append([(name, linears[name])])
 
-    with _inputs_of(linears, watch):
+    with inputs_of(linears, watch):
         step.run(next(step.inputs())[:1])
-    silent = sorted(linears.keys() - {name for group in groups for name, _ in group})
-    if silent:
-        raise QuantizationError(f"{silent[0]} is never run by its block's forward")
+    _refuse_silent(linears, {name for group in groups for name, _ in group})
     return groups
 
 
@@ -54,7 +53,7 @@ def input_gram(step: Step, linear: nn.Module) -> Tensor:
         gram.add(x)
         raise _Seen
 
-    with _inputs_of({"": linear}, take):
+    with inputs_of({"": linear}, take):
         for x in step.inputs():
             try:
                 step.run(x)
@@ -63,8 +62,30 @@ def input_gram(step: Step, linear: nn.Module) -> Tensor:
     return gram.mean
 
 
+def input_norms(linears: dict[str, nn.Module], passes: Iterable[object]) -> dict[str, Tensor]:
+    """||X_j||_2 of every input channel of each linear, (I,) float32, while `passes` is consumed.
+
+    Tokens are summed in float64. Raises `UnsupportedArchitecture` for a linear that never runs
+    and `CompressError` for inputs that are not finite.
+    """
+    squares: dict[str, Tensor] = {}
+
+    def add(name: str, x: Tensor) -> None:
+        seen = x.flatten(0, -2).float().square().sum(0, dtype=torch.float64)
+        squares[name] = squares[name] + seen if name in squares else seen
+
+    with inputs_of(linears, add):
+        for _ in passes:
+            pass
+    _refuse_silent(linears, squares)
+    for name, total in squares.items():
+        if not torch.isfinite(total).all():
+            raise CompressError(f"{name}: its inputs hold NaN or infinity; compute in float32")
+    return {name: total.sqrt().float() for name, total in squares.items()}
+
+
 @contextmanager
-def _inputs_of(linears: dict[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+def inputs_of(linears: dict[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
     """Call `see(name, x)` before each linear runs."""
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -76,3 +97,9 @@ def _inputs_of(linears: dict[str, nn.Module], see: Callable[[str, Tensor], None]
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _refuse_silent(linears: dict[str, nn.Module], seen: Collection[str]) -> None:
+    silent = [name for name in linears if name not in seen]
+    if silent:
+        raise UnsupportedArchitecture(f"{silent[0]} is never run by its block's forward")
