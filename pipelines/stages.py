@@ -87,7 +87,9 @@ def select(job: Job) -> dict[str, Any]:
 
 
 def prune(job: Job) -> dict[str, Any]:
-    """Remove the selected blocks."""
+    """Remove what a selection names, or what the method finds by itself."""
+    if "selection" not in job.inputs:
+        return _pruned_without_selection(job)
     selection = Selection.load(job.inputs["selection"] / SELECTION)
     _method(job)(job.inputs["checkpoint"], selection, job.out)
     return {"dropped": selection.drop_blocks}
@@ -176,6 +178,16 @@ def evaluate(job: Job) -> dict[str, Any]:
             repeats=timing.repeats,
         )
     return metrics
+
+
+def _pruned_without_selection(job: Job) -> dict[str, Any]:
+    source, params = job.inputs["checkpoint"], dict(job.method[1])
+    tokens = _tokens(job, "calibration")
+    prune: Callable[..., dict[str, Any]] = _method(job)
+    if tokens is None:
+        return prune(source, job.out, **params)
+    batch_size = job.config.head.batch_size
+    return prune(source, job.out, tokens, device=job.device, batch_size=batch_size, **params)
 
 
 def _tokens(job: Job, role: str) -> Tensor | None:

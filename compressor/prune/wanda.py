@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from compressor.blocks import weight_of
-from compressor.decoder import Decoder
 from compressor.errors import NotApplicable
 from compressor.inputs import input_norms
 from compressor.prune.sparse import open_dense, write_masked
