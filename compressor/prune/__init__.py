@@ -40,6 +40,19 @@ class WandaParams(MagnitudeParams):
         return self
 
 
+class SlimgptParams(Params):
+    """Parameters of SlimGPT."""
+
+    ratio: float = Field(0.2, gt=0, lt=1, description="share of the blocks' weights to remove")
+    attention_ratio: float | None = Field(
+        None, ge=0, lt=1, description="share of key-value groups to remove, null for ratio"
+    )
+    multiple: int = Field(64, gt=0, description="the FFN width is a multiple of this")
+    damp: float = Field(
+        0.01, gt=0, le=1, description="ridge, as a share of the gram's mean diagonal"
+    )
+
+
 METHODS = {
     "blocks": Method(
         "compressor.prune.blocks:prune",
@@ -62,6 +75,14 @@ METHODS = {
         "zero in every row the weights of least |W_ij| ||X_j||, block by block",
         "arXiv:2306.11695 section 3; dlp arXiv:2505.23807, owl arXiv:2310.05175",
         "2 forwards; 3 with dlp or owl",
+        ("calibration",),
+    ),
+    "slimgpt": Method(
+        "compressor.prune.slimgpt:slimgpt",
+        SlimgptParams,
+        "remove key-value groups and FFN channels of every block; what stays makes up for them",
+        "arXiv:2412.18110 section 3",
+        "3 forwards, an inverse and its updates per output matrix",
         ("calibration",),
     ),
 }
