@@ -138,7 +138,7 @@ def prune(selection: Path | None = None, blocks: str | None = None, **params: An
     """
     method = params.get("method", "blocks")
     row = configuration.methods("prune").get(method)
-    if row and "selection" not in row.needs:
+    if row is None or "selection" not in row.needs:
         if selection or blocks:
             raise click.UsageError(f"--method {method} takes neither --selection nor --blocks")
         return [{"prune": params}]

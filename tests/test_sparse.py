@@ -24,6 +24,7 @@ from compressor.prune.magnitude import largest, magnitude
 from compressor.prune.sparse import REPORT
 from compressor.prune.wanda import block_statistics, kept, wanda
 from compressor.walk import Stream, walk
+from pipelines.table import cells, rows
 from tests.tiny import FAMILIES, save_tiny, tokens
 
 WINDOWS = tokens(5, 12)
@@ -254,3 +255,18 @@ def test_the_report_is_not_carried_on(tmp_path: Path) -> None:
     save_tiny(tmp_path / "source", "llama")
     magnitude(tmp_path / "source", tmp_path / "out", sparsity=0.5)
     assert REPORT not in [path.name for path in Checkpoint(tmp_path / "out").side_files]
+
+
+def test_the_table_names_the_share_of_zeros() -> None:
+    record = {
+        "stages": [
+            {"verb": verb, "label": label, "seconds": 1, "peak_bytes": 1, "metrics": metrics}
+            for verb, label, metrics in (
+                ("prune", "prune", {"sparsity": 0.497}),
+                ("evaluate", "evaluate prune", {"parameters": 2_000_000, "blocks": 4}),
+            )
+        ]
+    }
+    (row,) = rows(record)
+    assert cells(row)[:3] == ["prune", "4", "2.0 M (50 % of linears zero)"]
+    assert cells(row | {"sparsity": None})[2] == "2.0 M"

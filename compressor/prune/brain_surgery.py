@@ -17,22 +17,22 @@ def remove_units(
 
     weight (O, I) in units of `size` consecutive columns; gram H = mean of x x^T (I, I), plus a
     ridge of damp mean(diag H). Greedy: the units of least score go, the others make up for them,
-    and all are scored anew; a sixteenth of what is still to go leaves at a time, so channels go
-    in shrinking batches and the last sixteen, like heads, one by one. Ends at the least-squares
-    optimum for the units that stay: W H_:R H_RR^-1.
+    and all are scored anew. A sixteenth of what is still to go leaves at a time: channels in
+    shrinking batches, the last 31, like heads, one by one. Ends at the least-squares optimum for
+    the units that stay: W H_:R H_RR^-1.
     Raises `CompressError` for a gram that is not finite or not positive definite.
     """
     hessian = gram.double()
     if not torch.isfinite(hessian).all():
         raise CompressError("its inputs hold NaN or infinity; calibrate in float32")
-    hessian.diagonal().add_(damp * hessian.diagonal().mean())
-    factor, failed = torch.linalg.cholesky_ex(hessian)
+    ridge = damp * hessian.diagonal().mean() * torch.eye(len(hessian)).to(hessian)
+    factor, failed = torch.linalg.cholesky_ex(hessian + ridge)
     if failed:
         raise CompressError("the gram of its inputs is singular; use more text, or raise damp")
     inverse, weight = torch.cholesky_inverse(factor), weight.double()
     units = torch.arange(weight.shape[1] // size, device=weight.device)
     while count:
-        batch = -(-count // _SHARE)
+        batch = max(1, count // _SHARE)
         going = unit_scores(weight, inverse, size).topk(batch, largest=False).indices
         gone = torch.zeros_like(units, dtype=torch.bool)
         gone[going] = True

@@ -158,7 +158,8 @@ def narrowed(
 
     Of the key-value groups round((1 - attention_ratio) n) stay, or the nearest number that the
     config class accepts (Llama wants heads to divide the hidden size). Channels make up for the
-    difference, rounded to a multiple. Raises `SelectionError` when no channel would be left.
+    difference, rounded to a multiple. Raises `SelectionError` when no channel would stay or nothing
+    would go.
     """
     weights = [
         sum(weight.numel() for name, weight in module.named_parameters() if weight.ndim == 2)
@@ -178,7 +179,13 @@ def narrowed(
             f"ratio {ratio} leaves {share * sizes.channels:.0f} of {sizes.channels} FFN channels, "
             f"less than half of multiple {multiple}; ask for less"
         )
-    return replace(chosen, channels=min(channels, sizes.channels))
+    new = replace(chosen, channels=min(channels, sizes.channels))
+    if new == sizes:
+        raise SelectionError(
+            f"ratio {ratio} removes nothing: the least step is one of {sizes.groups} key-value "
+            f"groups or {multiple} of {sizes.channels} channels; ask for more, or a lower multiple"
+        )
+    return new
 
 
 def _accepted(decoder: Decoder, sizes: Sizes) -> bool:
