@@ -159,13 +159,13 @@ def test_rows_of_fused_linears() -> None:
     assert spread(torch.tensor([2, 0]), 3).tolist() == [6, 7, 8, 0, 1, 2]
 
 
-def naive_slim(model: Any, channels: int) -> Any:
+def naive_slim(model: Any, channels: int) -> tuple[Any, list[float]]:
     """The full-size model in float64 with columns compensated and zeroed, block by block.
 
     One key-value group of two goes, and channels down to `channels`; H from hooks, every column
-    eliminated by itself.
+    eliminated by itself. Beside it the relative error of each output matrix's outputs.
     """
-    model = copy.deepcopy(model).double()
+    model, errors = copy.deepcopy(model).double(), []
     for block in model.model.layers:
         for linear, size, count in (
             (block.self_attn.o_proj, 2 * model.config.head_dim, 1),
@@ -183,9 +183,11 @@ def naive_slim(model: Any, channels: int) -> Any:
             weight = linear.weight.data
             units, left = one_column_at_a_time(weight.clone(), hessian, size, count)
             columns = [c for unit in units for c in range(unit * size, (unit + 1) * size)]
+            dense = seen[0] @ weight.T
             weight.zero_()
             weight[:, columns] = left
-    return model
+            errors.append(float((seen[0] @ weight.T - dense).norm() / dense.norm()))
+    return model, errors
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text"])
@@ -195,10 +197,13 @@ def test_equals_the_naive_construction(family: str, tmp_path: Path) -> None:
     slimgpt(tmp_path / "source", tmp_path / "out", WINDOWS, **PARAMS, batch_size=2)
     slim = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert slim.config.intermediate_size == 40
-    expected = naive_slim(model, 40)
+    expected, errors = naive_slim(model, 40)
+    report = json.loads((tmp_path / "out" / REPORT).read_text())["blocks"]
+    found = [row[f"{name}_error"] for row in report for name in ("o_proj", "down_proj")]
+    assert found == pytest.approx(errors, rel=1e-3)
     with torch.no_grad():
-        found, wanted = slim(tokens()).logits, expected(tokens()).logits
-        assert torch.allclose(found.double(), wanted, rtol=1e-3, atol=1e-3)
+        logits, wanted = slim(tokens()).logits, expected(tokens()).logits
+        assert torch.allclose(logits.double(), wanted, rtol=1e-3, atol=1e-3)
         assert not torch.allclose(model(tokens()).logits.double(), wanted, rtol=0.1, atol=0.1)
 
 
