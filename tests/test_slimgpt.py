@@ -349,7 +349,7 @@ def test_a_model_that_computes_otherwise_is_refused(
     save_tiny(tmp_path / "source", "llama")
     honest = Sizes.config
     monkeypatch.setattr(
-        Sizes, "config", lambda sizes, parsed: honest(sizes, parsed) | {"rms_norm_eps": 1.0}
+        Sizes, "config", lambda sizes, parsed: honest(sizes, parsed) | {"rms_norm_eps": 1e-3}
     )
     with pytest.raises(UnsupportedArchitecture, match="computes something else with fewer heads"):
         slimgpt(tmp_path / "source", tmp_path / "out", WINDOWS, **PARAMS)

@@ -129,8 +129,18 @@ def test_patterns_keep_half_of_every_run(pattern: str, run: int) -> None:
             chunk = slice(start, start + run)
             assert mask[chunk].sum() == run // 2
             assert row[chunk][mask[chunk]].min() > row[chunk][~mask[chunk]].max()
-    with pytest.raises(NotApplicable, match="6 inputs are not a multiple of"):
-        kept(metric[:, :6], 0.5, pattern)
+
+
+def test_inputs_that_do_not_split_into_runs_are_refused(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "source", "llama", intermediate_size=36)
+    params = DEFAULTS | {"pattern": "4:8"}
+    with pytest.raises(NotApplicable, match=r"0\.mlp\.down_proj: its 36 inputs do not split"):
+        wanda(tmp_path / "source", tmp_path / "out", WINDOWS, sparsity=0.5, **params)
+    params["pattern"] = "2:4"
+    found = wanda(tmp_path / "source", tmp_path / "out", WINDOWS, sparsity=0.5, **params)
+    assert found["sparsity"] == 0.5
+    for weight in linears(reload(tmp_path / "out")).values():
+        assert ((weight.reshape(-1, 4) != 0).sum(1) == 2).all()
 
 
 def inputs_in(model: Any) -> dict[str, Tensor]:

@@ -22,11 +22,11 @@ def remove_units(
     the units that stay: W H_:R H_RR^-1.
     Raises `CompressError` for a gram that is not finite or not positive definite.
     """
-    hessian = gram.double()
+    hessian = gram.to(torch.float64, copy=True)
     if not torch.isfinite(hessian).all():
         raise CompressError("its inputs hold NaN or infinity; calibrate in float32")
-    ridge = damp * hessian.diagonal().mean() * torch.eye(len(hessian)).to(hessian)
-    factor, failed = torch.linalg.cholesky_ex(hessian + ridge)
+    hessian.diagonal().add_(damp * hessian.diagonal().mean())
+    factor, failed = torch.linalg.cholesky_ex(hessian)
     if failed:
         raise CompressError("the gram of its inputs is singular; use more text, or raise damp")
     inverse, weight = torch.cholesky_inverse(factor), weight.double()

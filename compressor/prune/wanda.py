@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from compressor.blocks import weight_of
+from compressor.decoder import Decoder
 from compressor.errors import NotApplicable
 from compressor.inputs import input_norms
 from compressor.prune.sparse import open_dense, write_masked
@@ -36,9 +37,11 @@ def wanda(
     block all linears are judged on its dense forward, as in the authors' code. With `allocation`
     dlp or owl, a walk over the dense model first gives each block its own sparsity of mean
     `sparsity`. Costs 2 forwards, with an allocation 3. Returns the share of zeros and the blocks'
-    sparsities. Raises `CheckpointError` for a quantized source.
+    sparsities. Raises `CheckpointError` for a quantized source and `NotApplicable` for linears
+    whose inputs do not split into the runs of `pattern`.
     """
     decoder = open_dense(source, device)
+    _check_runs(decoder, pattern)
     shares = [sparsity] * len(decoder.blocks)
     if allocation != "uniform":
         statistics = block_statistics(Stream(decoder, tokens, batch_size), outlier)
@@ -63,6 +66,16 @@ def _masks(stream: Stream, shares: list[float], pattern: str) -> Iterator[tuple[
             yield name, keep
 
 
+def _check_runs(decoder: Decoder, pattern: str) -> None:
+    for index in range(len(decoder.blocks)):
+        for name, linear in decoder.blocks.linears(index).items():
+            width = weight_of(linear).shape[1]
+            if pattern != "unstructured" and width % int(pattern.split(":")[1]):
+                raise NotApplicable(
+                    f"{name}: its {width} inputs do not split into the runs of {pattern}"
+                )
+
+
 def kept(metric: Tensor, sparsity: float, pattern: str = "unstructured") -> Tensor:
     """Bool mask (O, I) of the weights that stay, from |W_ij| ||X_j|| (O, I).
 
@@ -73,8 +86,6 @@ def kept(metric: Tensor, sparsity: float, pattern: str = "unstructured") -> Tens
     count = round(sparsity * metric.shape[1])
     if pattern != "unstructured":
         keep, run = map(int, pattern.split(":"))
-        if metric.shape[1] % run:
-            raise NotApplicable(f"{metric.shape[1]} inputs are not a multiple of {run}")
         rows, count = metric.reshape(-1, run), run - keep
     lowest = rows.argsort(dim=1, stable=True)[:, :count]
     mask = torch.ones_like(rows, dtype=torch.bool).scatter_(1, lowest, False)
