@@ -1,65 +1,40 @@
-"""Which linears of a block share inputs, and the second moments of those inputs."""
+"""What the linears of a block read: hooks on them, and sums over all of the text."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
 
-from compressor.blocks import weight_of
 from compressor.errors import CompressError, UnsupportedArchitecture
 from compressor.moments import Gram
 from compressor.walk import Step
-
-Group = list[tuple[str, nn.Module]]
-"""Linears that read the same tensor, by full name."""
 
 
 class _Seen(Exception):
     """Stops a block's forward once the awaited input was seen."""
 
 
-def input_groups(step: Step, linears: dict[str, nn.Module]) -> list[Group]:
-    """Linears of a block in the order they run, grouped by sharing one input tensor.
+def input_gram(step: Step, name: str, linear: nn.Linear) -> Tensor:
+    """Mean of x x^T over the whole stream, (I, I); forwards stop at the linear.
 
-    Found by running one window and watching, so no family has to declare it.
-    Raises `UnsupportedArchitecture` for a linear that the block's forward never runs.
+    Raises `CompressError` naming it for inputs that are not finite.
     """
-    groups: list[Group] = []
-    inputs: list[Tensor] = []
-
-    def watch(name: str, x: Tensor) -> None:
-        for group, known in zip(groups, inputs, strict=True):
-            if x is known:
-                group.append((name, linears[name]))
-                return
-        inputs.append(x)
-        groups.append([(name, linears[name])])
-
-    with inputs_of(linears, watch):
-        step.run(next(step.inputs())[:1])
-    _refuse_silent(linears, {name for group in groups for name, _ in group})
-    return groups
-
-
-def input_gram(step: Step, linear: nn.Module) -> Tensor:
-    """Mean of x x^T over the whole stream, (I, I); forwards stop at the linear."""
-    weight = weight_of(linear)
-    gram = Gram(weight.shape[1], weight.device)
+    gram = Gram(linear.in_features, linear.weight.device)
 
     def take(_: str, x: Tensor) -> None:
         gram.add(x)
         raise _Seen
 
-    with inputs_of({"": linear}, take):
+    with inputs_of({name: linear}, take):
         for x in step.inputs():
-            try:
+            with suppress(_Seen):
                 step.run(x)
-            except _Seen:
-                continue
-    return gram.mean
+    mean = gram.mean
+    _check_finite(name, mean)
+    return mean
 
 
 def input_norms(linears: dict[str, nn.Module], passes: Iterable[object]) -> dict[str, Tensor]:
@@ -77,10 +52,10 @@ def input_norms(linears: dict[str, nn.Module], passes: Iterable[object]) -> dict
     with inputs_of(linears, add):
         for _ in passes:
             pass
-    _refuse_silent(linears, squares)
-    for name, total in squares.items():
-        if not torch.isfinite(total).all():
-            raise CompressError(f"{name}: its inputs hold NaN or infinity; compute in float32")
+    for name in linears:
+        if name not in squares:
+            raise UnsupportedArchitecture(f"{name} is never run by its block's forward")
+        _check_finite(name, squares[name])
     return {name: total.sqrt().float() for name, total in squares.items()}
 
 
@@ -99,7 +74,6 @@ def inputs_of(linears: dict[str, nn.Module], see: Callable[[str, Tensor], None])
             handle.remove()
 
 
-def _refuse_silent(linears: dict[str, nn.Module], seen: Collection[str]) -> None:
-    silent = [name for name in linears if name not in seen]
-    if silent:
-        raise UnsupportedArchitecture(f"{silent[0]} is never run by its block's forward")
+def _check_finite(name: str, total: Tensor) -> None:
+    if not torch.isfinite(total).all():
+        raise CompressError(f"{name}: its inputs hold NaN or infinity; compute in float32")

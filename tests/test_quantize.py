@@ -16,12 +16,12 @@ from compressor.checkpoint import Checkpoint
 from compressor.decoder import Decoder
 from compressor.dense import DenseReader
 from compressor.errors import QuantizationError
-from compressor.inputs import input_gram, input_groups
 from compressor.moments import Gram
 from compressor.quantize import GptqParams, RtnParams
 from compressor.quantize.driver import quantize
 from compressor.quantize.gptq import gptq, inverse_factor, sweep
 from compressor.quantize.grid import Grid, QuantizedWeight
+from compressor.quantize.inputs import input_gram, input_groups
 from compressor.quantize.rtn import rtn
 from compressor.walk import Stream, walk
 from tests.tiny import save_tiny, tokens

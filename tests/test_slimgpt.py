@@ -143,9 +143,6 @@ def test_grams_that_cannot_work_are_refused() -> None:
     weight, hessian = problem()
     with pytest.raises(CompressError, match="use more text, or raise damp"):
         remove_units(weight, torch.zeros_like(hessian), 1, 1, damp=0.01)
-    hessian[0, 0] = torch.nan
-    with pytest.raises(CompressError, match="NaN or infinity"):
-        remove_units(weight, hessian, 1, 1, damp=0.01)
 
 
 def test_rows_of_fused_linears() -> None:

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from compressor.blocks import Blocks, weight_of
 from compressor.checkpoint import Checkpoint
 from compressor.decoder import Decoder
-from compressor.errors import CheckpointError, ConfigError, NotApplicable
-from compressor.inputs import input_norms
+from compressor.errors import CheckpointError, CompressError, ConfigError, NotApplicable
+from compressor.inputs import input_gram, input_norms
 from compressor.magnitude import lamp_survivors
 from compressor.prune import WandaParams
 from compressor.prune.magnitude import largest, magnitude
@@ -241,14 +241,17 @@ def test_an_impossible_span_is_refused(tmp_path: Path) -> None:
 
 def test_inputs_that_are_not_finite_are_named(tmp_path: Path) -> None:
     save_tiny(tmp_path, "llama")
-    decoder = Decoder(tmp_path)
-    stream = Stream(decoder, WINDOWS)
+    stream = Stream(Decoder(tmp_path), WINDOWS)
     stream.x[0, 0, 0] = torch.inf
-    step = next(walk(stream))
-    with decoder.resident(0):
-        found = decoder.blocks.linears(0)
-        with pytest.raises(Exception, match=r"layers\.0\.self_attn\.q_proj: its inputs hold NaN"):
+    for step in walk(stream):
+        found = stream.decoder.blocks.linears(0)
+        name, linear = next(iter(found.items()))
+        with pytest.raises(CompressError, match=r"layers\.0\.self_attn\.q_proj: its inputs hold"):
             input_norms(found, (step.run(x) for x in step.inputs()))
+        assert isinstance(linear, nn.Linear)
+        with pytest.raises(CompressError, match=r"layers\.0\.self_attn\.q_proj: its inputs hold"):
+            input_gram(step, name, linear)
+        return
 
 
 def test_quantized_is_refused(tmp_path: Path) -> None:

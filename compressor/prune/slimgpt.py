@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from compressor.blocks import weight_of
 from compressor.checkpoint import CheckpointWriter, write_json
@@ -100,8 +100,8 @@ def _narrow_(step: Step, branch: Branch, left: int, damp: float) -> tuple[Tensor
     decoder = step.stream.decoder
     name = f"{branch.path}.{branch.output}"
     linear = decoder.model.get_submodule(name)
-    weight = weight_of(linear).data
-    gram = input_gram(step, linear)
+    assert isinstance(linear, nn.Linear)
+    weight, gram = linear.weight.data, input_gram(step, name, linear)
     try:
         units, compensated = remove_units(weight, gram, branch.size, branch.count - left, damp)
     except CompressError as fault:

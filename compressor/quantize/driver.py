@@ -17,9 +17,9 @@ from compressor.blocks import weight_of
 from compressor.checkpoint import Checkpoint
 from compressor.decoder import Decoder
 from compressor.errors import QuantizationError
-from compressor.inputs import Group, input_gram, input_groups
 from compressor.quantize import METHODS, RtnParams
 from compressor.quantize.grid import Grid, QuantizedWeight
+from compressor.quantize.inputs import Group, input_gram, input_groups
 from compressor.quantize.write import PackedWriter
 from compressor.walk import Stream, walk
 
