@@ -305,12 +305,17 @@ def test_channels_make_up_for_what_whole_groups_miss(tmp_path: Path) -> None:
 
 
 def test_head_counts_are_those_the_config_class_takes(tmp_path: Path) -> None:
-    """Of 8 heads on a hidden size of 32, a third less is 5: Llama takes 4, Mistral takes 5."""
+    """8 heads on a hidden size of 32: Llama takes 1, 2, 4 or 8, Mistral any; more of two as near."""
     heads = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 4}
-    for family, groups in (("llama", 4), ("mistral", 5)):
+    for family, share, groups in (
+        ("llama", 3 / 8, 4),
+        ("llama", 1 / 4, 8),
+        ("mistral", 3 / 8, 5),
+        ("mistral", 5 / 16, 6),
+    ):
         save_tiny(tmp_path / family, family, **heads)
         decoder = Decoder(tmp_path / family)
-        found = narrowed(decoder, sizes_of(decoder), ratio=0.3, attention_ratio=0.375, multiple=8)
+        found = narrowed(decoder, sizes_of(decoder), ratio=0.3, attention_ratio=share, multiple=8)
         assert found.groups == found.heads == groups
 
 
