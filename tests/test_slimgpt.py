@@ -305,7 +305,7 @@ def test_channels_make_up_for_what_whole_groups_miss(tmp_path: Path) -> None:
 
 
 def test_head_counts_are_those_the_config_class_takes(tmp_path: Path) -> None:
-    """8 heads on a hidden size of 32: Llama takes 1, 2, 4 or 8, Mistral any; more of two as near."""
+    """8 heads on a hidden size of 32: Llama takes 1, 2, 4 or 8, Mistral any; of two the larger."""
     heads = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 4}
     for family, share, groups in (
         ("llama", 3 / 8, 4),
