@@ -34,7 +34,7 @@ class Branch:
 
     Attributes:
         path: full name of the module.
-        output: its last linear; a unit is `rows` consecutive columns of it.
+        output: its last linear; a unit is `size` consecutive columns of it.
         feeding: the linears that lose rows with it.
         count: key-value groups or channels.
         rows: rows per unit of queries (q), of keys and of values (k), or of channels (c).
@@ -112,13 +112,15 @@ def branches(decoder: Decoder, index: int, sizes: Sizes) -> tuple[Branch, Branch
     head and channel by channel, or a parameter is not shared by all heads.
     """
     rows = {"q": sizes.heads // sizes.groups * sizes.head_dim, "k": sizes.head_dim}
-    (attention,) = decoder.blocks.attention(index).items()
-    ffn = decoder.blocks.ffn(index)
-    if len(ffn) != 1:
-        raise NotApplicable(f"{next(iter(ffn))}: no gated feed-forward, so no channels to remove")
+    attention, ffn = decoder.blocks.attention(index), decoder.blocks.ffn(index)
+    for modules in (attention, ffn):
+        if len(modules) != 1:
+            raise NotApplicable(
+                f"{', '.join(modules)}: expected one module with all linears of the branch"
+            )
     return (
-        _branch(*attention, "o_proj", sizes.groups, rows),
-        _branch(*next(iter(ffn.items())), "down_proj", sizes.channels, {"c": 1}),
+        _branch(*attention.popitem(), "o_proj", sizes.groups, rows),
+        _branch(*ffn.popitem(), "down_proj", sizes.channels, {"c": 1}),
     )
 
 
@@ -137,8 +139,8 @@ def _branch(path: str, module: nn.Module, output: str, count: int, rows: dict[st
     expected |= {f"{n}.bias": len(branch.rows_of(n, everything)) for n in feeding}
     own = {f"{output}.weight", f"{output}.bias"}
     for name, parameter in module.named_parameters():
-        shared = name in _SHARED and len(parameter) == rows.get("k")
-        if name not in own and not shared and len(parameter) != expected.get(name):
+        shared = name in _SHARED and parameter.shape == (rows.get("k"),)
+        if name not in own and not shared and parameter.shape[:1] != (expected.get(name),):
             raise NotApplicable(
                 f"{path}.{name} has shape {tuple(parameter.shape)}, which does not split into "
                 f"{count} equal units of their own"
