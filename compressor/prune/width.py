@@ -92,7 +92,7 @@ def spread(units: Tensor, size: int) -> Tensor:
 def sizes_of(decoder: Decoder) -> Sizes:
     """The widths of a model; raises `NotApplicable` when its config does not state one for all."""
     config: Any = decoder.model.config
-    attention = next(iter(decoder.blocks.attention(0).values()))
+    attention = next(iter(decoder.blocks.attention(0).values()), None)
     heads = getattr(config, "num_attention_heads", None)
     groups = getattr(config, "num_key_value_heads", None) or heads
     found = (heads, groups, getattr(attention, "head_dim", None))
@@ -116,7 +116,8 @@ def branches(decoder: Decoder, index: int, sizes: Sizes) -> tuple[Branch, Branch
     for modules in (attention, ffn):
         if len(modules) != 1:
             raise NotApplicable(
-                f"{', '.join(modules)}: expected one module with all linears of the branch"
+                f"{decoder.blocks.prefix}.{index}: expected one module for attention and one for "
+                f"the feed-forward, found {', '.join(modules) or 'none'}"
             )
     return (
         _branch(*attention.popitem(), "o_proj", sizes.groups, rows),
