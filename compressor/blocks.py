@@ -124,6 +124,11 @@ def weight_of(linear: nn.Module) -> Tensor:
     """Weight as (out, in), whichever way the module stores it."""
     weight = linear.weight
     assert isinstance(weight, torch.Tensor)
+    return oriented(linear, weight)
+
+
+def oriented(linear: nn.Module, weight: Tensor) -> Tensor:
+    """View (out, in) of a weight in the layout of `linear`, or of one (out, in) in that layout."""
     return weight.T if isinstance(linear, Conv1D) else weight
 
 

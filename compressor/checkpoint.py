@@ -24,7 +24,8 @@ SINGLE = "model.safetensors"
 SHARD_BYTES = 4 * 2**30
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _WEIGHTS = ("*.safetensors", INDEX, *_PICKLES, "*.gguf")
-_NOT_CARRIED = ("config.json", "manifest.json", "README.md", ".gitattributes")
+_REPORTS = ("manifest.json", "sparsity.json", "width.json")
+_NOT_CARRIED = ("config.json", "README.md", ".gitattributes", *_REPORTS)
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,

@@ -91,7 +91,9 @@ def select(job: Job) -> dict[str, Any]:
 
 
 def prune(job: Job) -> dict[str, Any]:
-    """Remove the selected blocks."""
+    """Remove what a selection names, or what the method finds by itself."""
+    if "selection" not in job.inputs:
+        return _pruned_without_selection(job)
     selection = Selection.load(job.inputs["selection"] / SELECTION)
     _method(job)(job.inputs["checkpoint"], selection, job.out)
     return {"dropped": selection.drop_blocks}
@@ -196,6 +198,16 @@ def _opened(folder: Path, windows_file: Path, device: str, batch_size: int) -> T
     """One trial for all selections of a comparison: the original's outputs are computed once."""
     tokens = load_file(windows_file)["tokens"]
     return Trial(Decoder(folder, device), tokens, batch_size=batch_size)
+
+
+def _pruned_without_selection(job: Job) -> dict[str, Any]:
+    source, params = job.inputs["checkpoint"], dict(job.method[1])
+    tokens = _tokens(job, "calibration")
+    prune: Callable[..., dict[str, Any]] = _method(job)
+    if tokens is None:
+        return prune(source, job.out, **params)
+    batch_size = job.config.head.batch_size
+    return prune(source, job.out, tokens, device=job.device, batch_size=batch_size, **params)
 
 
 def _tokens(job: Job, role: str) -> Tensor | None:

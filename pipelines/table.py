@@ -36,7 +36,12 @@ def rows(record: dict[str, Any]) -> list[dict[str, Any]]:
 
 def cells(row: dict[str, Any]) -> list[str]:
     """The row in words, in the order of `HEADINGS`."""
-    return [_FORMAT[name](row[name]) if row.get(name) is not None else "-" for name in HEADINGS]
+    words = {
+        name: _FORMAT[name](row[name]) if row.get(name) is not None else "-" for name in HEADINGS
+    }
+    if row.get("sparsity"):
+        words["parameters"] += f" ({100 * row['sparsity']:.0f} % of linears zero)"
+    return list(words.values())
 
 
 def protocol(record: dict[str, Any]) -> str:
@@ -91,6 +96,7 @@ def _row(name: str, maker: dict[str, Any], metrics: dict[str, Any]) -> dict[str,
         "decode": speed.get("decode"),
         "seconds": maker["seconds"],
         "peak_bytes": maker["peak_bytes"],
+        "sparsity": maker["metrics"].get("sparsity"),
     }
 
 

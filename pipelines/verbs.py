@@ -129,17 +129,24 @@ def score(method: str | None = None, **params: Any) -> dict[str, Any]:
     return {"stages": [{"score": chosen}]}
 
 
-@_verb("prune", None)
+@_verb("prune", "calibration")
 @click.option("--selection", type=click.Path(path_type=Path), help="A selection.json.")
 @click.option("--blocks", help="Blocks to remove, such as 13-18 or 3,7,12.")
 def prune(
     selection: Path | None = None, blocks: str | None = None, **params: Any
 ) -> dict[str, Any]:
-    """Remove blocks from MODEL, by list or by a selection file.
+    """Remove blocks from MODEL by list or selection file, or what another method finds in it.
 
     \b
     compress prune MODEL --blocks 13-18 -o shallower
+    compress prune MODEL --method wanda --sparsity 0.5 --text corpus.txt -o sparse
     """
+    method = params.get("method", "blocks")
+    row = configuration.methods("prune").get(method)
+    if row is None or "selection" not in row.needs:
+        if selection or blocks:
+            raise click.UsageError(f"--method {method} takes neither --selection nor --blocks")
+        return {"stages": [{"prune": params}]}
     if (selection is None) == (blocks is None):
         raise click.UsageError("give exactly one of --selection and --blocks")
     drop = Selection.load(selection).drop_blocks if selection else parse_blocks(blocks or "")

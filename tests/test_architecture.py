@@ -20,12 +20,12 @@ VERB_FOLDERS = (*VERBS, "evaluate")
 
 LAYERS = (
     {"errors"},
-    {"progress", "families", "timing", "methods", "sources"},
+    {"progress", "families", "timing", "methods", "sources", "sparsity"},
     {"fetch", "artifact", "records", "checkpoint", "moments"},
     {"blocks", "dense"},
     {"decoder"},
-    {"walk", "model", "text", "sublayers"},
-    {"cut"},
+    {"walk", "model", "text", "sublayers", "magnitude"},
+    {"cut", "inputs"},
     {"trial"},
 )
 """Modules of the library from the ground up; a module imports from lower layers only."""

@@ -162,6 +162,20 @@ def test_stages_repeat() -> None:
 
 
 @pytest.mark.parametrize(
+    ("method", "inputs"),
+    [
+        ("magnitude", ["checkpoint"]),
+        ("wanda", ["calibration", "checkpoint"]),
+        ("slimgpt", ["calibration", "checkpoint"]),
+    ],
+)
+def test_pruning_without_a_selection_needs_none(method: str, inputs: list[str]) -> None:
+    by_label = {stage.label: stage for stage in stages(stages=[{"prune": {"method": method}}])}
+    assert sorted(by_label["prune"].inputs) == inputs
+    assert "evaluate prune" in by_label
+
+
+@pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"stages": ["prune"]}, "'prune' needs selection"),

@@ -242,6 +242,19 @@ def test_evaluate_alone_takes_its_settings(project: Path) -> None:
     assert (speed["prompt_tokens"], speed["new_tokens"], speed["repeats"]) == (3, 2, 1)
 
 
+def test_pruning_weights_and_widths_from_the_command_line(project: Path) -> None:
+    text = ("--text", "corpus.jsonl", "--field", "text", "--windows", "4", "--length", "32")
+    for out, size, args in (
+        ("sparse", 48, ("--method", "wanda", "--sparsity", "0.5", *text)),
+        ("slim", 32, ("--method", "slimgpt", "--ratio", "0.4", "--multiple", "16", *text)),
+    ):
+        result = compress(project, "prune", "model", *args, "-o", out)
+        assert result.returncode == 0, result.stderr
+        model = AutoModelForCausalLM.from_pretrained(project / out)
+        assert model.config.intermediate_size == size
+        assert model.config.num_hidden_layers == 4
+
+
 @pytest.mark.parametrize(
     ("args", "code", "said"),
     [
@@ -260,6 +273,9 @@ def test_evaluate_alone_takes_its_settings(project: Path) -> None:
         (["quantize", "model", "--bits", "[1"], 2, "is not a YAML value"),
         (["select", "scores.json", "--protect", "a"], 1, "select.protect"),
         (["prune", "model"], 2, "exactly one of --selection and --blocks"),
+        (["prune", "model", "--method", "wanda"], 1, "'prune' needs calibration"),
+        (["prune", "model", "--method", "wanda", "--blocks", "1"], 2, "neither --selection nor"),
+        (["prune", "model", "--method", "wandda"], 1, "did you mean 'wanda'"),
         (["prune", "model", "--blocks", "7"], 1, "do not exist in a model of 4"),
         (["score", "model", "--method", "lampp"], 1, "did you mean 'lamp'"),
         (["quantize", "model", "--group-size", "16"], 1, "add text.calibration"),

@@ -15,6 +15,7 @@ from torch import Tensor
 from compressor.blocks import Blocks
 from compressor.decoder import Decoder
 from compressor.errors import CompressError
+from compressor.magnitude import ascending_scores
 from compressor.methods import Params
 from compressor.score import (
     AngularDistanceParams,
@@ -26,7 +27,6 @@ from compressor.score import collect as collect_module
 from compressor.score.angular_distance import AngularDistance
 from compressor.score.block_influence import BlockInfluence
 from compressor.score.collect import score
-from compressor.score.lamp import ascending_scores
 from compressor.score.layer_contribution import divergence
 from tests.tiny import save_tiny, tokens
 
