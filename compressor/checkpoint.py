@@ -18,12 +18,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from compressor.errors import CheckpointError
+from compressor.families import SHIPPED
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHARD_BYTES = 4 * 2**30
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _WEIGHTS = ("*.safetensors", INDEX, *_PICKLES, "*.gguf")
+_CODE = Path(__file__).parent / "shallow"
 _NOT_CARRIED = ("config.json", "manifest.json", "README.md", ".gitattributes")
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -119,12 +121,15 @@ class Checkpoint:
 
     @property
     def side_files(self) -> list[Path]:
-        """Tokenizer, chat template, generation config: all that a cut must carry over."""
-        weights = {path for pattern in _WEIGHTS for path in self.folder.glob(pattern)}
-        return sorted(
+        """Tokenizer, chat template, generation config: all that a cut must carry over.
+
+        Code is never taken from the folder; where its format needs code, it is ours.
+        """
+        left = {p for pattern in (*_WEIGHTS, "*.py") for p in self.folder.glob(pattern)}
+        return code_files(self.config) + sorted(
             p
             for p in self.folder.iterdir()
-            if p.is_file() and p not in weights and p.name not in _NOT_CARRIED
+            if p.is_file() and p not in left and p.name not in _NOT_CARRIED
         )
 
     @property
@@ -193,6 +198,11 @@ class CheckpointWriter:
             save_file(self._pending, self._shard(len(self._written)), metadata={"format": "pt"})
             self._written.append(list(self._pending))
             self._pending, self._pending_bytes = {}, 0
+
+
+def code_files(config: dict[str, Any]) -> list[Path]:
+    """The files of ours that a checkpoint with this config.json carries, most have none."""
+    return [_CODE / name for name in SHIPPED.get(config.get("model_type", ""), ())]
 
 
 def read_header(shard: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
