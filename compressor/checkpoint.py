@@ -123,10 +123,10 @@ class Checkpoint:
     def side_files(self) -> list[Path]:
         """Tokenizer, chat template, generation config: all that a cut must carry over.
 
-        Code is never taken from the folder; where its format needs code, it is ours.
+        Code is not among them: where a format needs some, the writer adds ours.
         """
         left = {p for pattern in (*_WEIGHTS, "*.py") for p in self.folder.glob(pattern)}
-        return code_files(self.config) + sorted(
+        return sorted(
             p
             for p in self.folder.iterdir()
             if p.is_file() and p not in left and p.name not in _NOT_CARRIED
@@ -165,7 +165,7 @@ class CheckpointWriter:
         self._total += size
 
     def finish(self, config: dict[str, Any], side_files: list[Path]) -> None:
-        """Write the last shard, the index, the config and copies of the side files."""
+        """Write the last shard, the index, the config, its code and copies of the side files."""
         self._flush()
         count = len(self._written)
         if count == 1:
@@ -181,7 +181,7 @@ class CheckpointWriter:
                 {"metadata": {"total_size": self._total}, "weight_map": weight_map},
             )
         write_json(self.folder / "config.json", config)
-        for path in side_files:
+        for path in (*code_files(config), *side_files):
             shutil.copyfile(path, self.folder / path.name)
 
     def __enter__(self) -> CheckpointWriter:

@@ -35,12 +35,14 @@ class Cut:
         skipped: by new index, what the kept blocks lack.
         branches: per branch the children of a block that go with it.
         blocks: dotted path of the blocks.
+        depth: how many are left.
     """
 
     native: dict[str, Any]
     skipped: Skipped
     branches: dict[str, dict[str, Any]]
     blocks: str
+    depth: int
 
 
 def prune(source: Path, selection: Selection, out: Path, *, native: bool) -> None:
@@ -73,6 +75,7 @@ def write(
         {new: skipped[old] for new, old in enumerate(kept) if old in skipped},
         _branches(source, before),
         blocks.prefix,
+        len(kept),
     )
     config = config_of(cut)
     out.mkdir(parents=True, exist_ok=True)
@@ -121,6 +124,7 @@ def canonical_config(cut: Cut) -> dict[str, Any]:
             "AutoModelForCausalLM": "modeling_shallow.ShallowForCausalLM",
         },
         "vocab_size": GUARD,
+        "num_hidden_layers": cut.depth,
         "blocks": cut.blocks,
         "branches": cut.branches,
         "per_layer_config": {str(i): {"skip": kinds} for i, kinds in cut.skipped.items()},

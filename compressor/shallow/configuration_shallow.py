@@ -75,6 +75,7 @@ class ShallowConfig(PreTrainedConfig):
             "model_type": self.model_type,
             "base_model_type": self.base_model_type,
             "vocab_size": GUARD,
+            "num_hidden_layers": self.num_hidden_layers,
             "per_layer_config": {str(i): {"skip": skipped[i]} for i in sorted(skipped)},
             "base_config": native,
         }
