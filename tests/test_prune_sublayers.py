@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from compressor.blocks import hidden
 from compressor.checkpoint import Checkpoint
 from compressor.decoder import Decoder, skeleton
-from compressor.errors import NotApplicable, SelectionError
+from compressor.errors import NotApplicable, SelectionError, UnsupportedArchitecture
 from compressor.prune.driver import prune
 from compressor.records import Selection
 from compressor.sublayers import find_sublayers
@@ -325,3 +325,14 @@ def alone(folder: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_settings_of_single_blocks_are_refused(tmp_path: Path) -> None:
+    """Also a `llama` that says `skip`, which transformers builds with all its blocks."""
+    save_tiny(tmp_path / "source", "llama")
+    path = tmp_path / "source/config.json"
+    config = json.loads(path.read_text()) | {"per_layer_config": {"1": {"skip": ["mlp"]}}}
+    path.write_text(json.dumps(config))
+    for drop in ({"drop_blocks": [2]}, {"drop_ffn": [2]}):
+        with pytest.raises(UnsupportedArchitecture, match="settings of their own"):
+            prune(tmp_path / "source", selection(**drop), tmp_path / "out", flavour="auto")

@@ -35,7 +35,7 @@ import sys, torch
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
 assert torch.isfinite(model(torch.arange(3, 20)[None]).logits).all()
-print(type(model).__name__, sum(hasattr(layer, "mlp") for layer in model.model.layers))
+print(type(model).__name__, sum("mlp" in layer._modules for layer in model.model.layers))
 assert not any(name.startswith("compressor") for name in sys.modules)
 """
 

@@ -69,6 +69,11 @@ def pruned_config(source: Path, raw: dict[str, Any], kept: list[int]) -> dict[st
                 f"{source}: config.{switch} ties a block's arithmetic to its index, so its blocks "
                 "cannot be removed"
             )
+    if "per_layer_config" in raw:
+        raise UnsupportedArchitecture(
+            f"{source}: config.per_layer_config gives some blocks settings of their own, which "
+            "cannot be cut yet"
+        )
     config = copy.deepcopy(raw)
     depth_key = parsed.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     config[depth_key] = len(kept)

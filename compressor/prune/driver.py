@@ -17,7 +17,7 @@ def prune(source: Path, selection: Selection, out: Path, *, flavour: str) -> Non
     Raises what the chosen way raises, and `NotApplicable` for a `nemotron-nas` source.
     """
     family = read_json(source / "config.json").get("model_type", "")
-    if family in nemotron_nas.FAMILIES:
+    if family in nemotron_nas.MADE:
         raise NotApplicable(
             f"{source}: a {family} checkpoint is made for servers and not cut again; cut the one "
             "it was made from"

@@ -15,7 +15,9 @@ from compressor.prune import sublayers
 from compressor.records import Selection
 from compressor.shallow.configuration_decilm import DeciLMConfig, ffn_width
 
-FAMILIES = (DeciLMConfig.model_type,)
+MADE = (DeciLMConfig.model_type,)
+"""The families that this flavour makes."""
+
 _BLOCK = {
     "self_attn": ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight"),
     "mlp": ("gate_proj.weight", "up_proj.weight", "down_proj.weight"),
@@ -49,11 +51,12 @@ def config(cut: sublayers.Cut) -> dict[str, Any]:
             "nemotron-nas: layer 0 must keep its attention, servers start the residual stream "
             "there; keep it, or write the canonical flavour"
         )
-    heads, hidden = native["num_attention_heads"], native["hidden_size"]
-    group = heads // (native.get("num_key_value_heads") or heads)
-    ffn_mult = 3 * native["intermediate_size"] / (2 * hidden)
+    parsed: Any = AutoConfig.for_model(**native)
+    heads, hidden = parsed.num_attention_heads, parsed.hidden_size
+    group = heads // parsed.num_key_value_heads
+    ffn_mult = 3 * parsed.intermediate_size / (2 * hidden)
     blocks = []
-    for index in range(native["num_hidden_layers"]):
+    for index in range(cut.depth):
         gone = cut.skipped.get(index, ())
         no_attention, no_ffn = "attention" in gone, "mlp" in gone
         attention = {"no_op": no_attention, "n_heads_in_group": None if no_attention else group}
@@ -69,6 +72,8 @@ def config(cut: sublayers.Cut) -> dict[str, Any]:
             "AutoModelForCausalLM": "modeling_decilm.DeciLMForCausalLM",
         },
         "block_configs": blocks,
+        "num_attention_heads": heads,
+        "hidden_size": hidden,
         "intermediate_size": None,
         "num_key_value_heads": None,
     }
@@ -80,8 +85,7 @@ def _check_shape(source: Path) -> None:
     family, model = family_of(native), skeleton(source)
     known = {f"{child}.{name}" for child, names in _BLOCK.items() for name in names}
     extra = {n for block in Blocks(model) for n, _ in block.named_parameters()} - known
-    heads, hidden, width = native.num_attention_heads, native.hidden_size, 0
-    reason = ""
+    heads, hidden, reason = native.num_attention_heads, native.hidden_size, ""
     if extra:
         reason = f"its blocks also hold {', '.join(sorted(extra))}"
     elif family not in LLAMA_SHAPED:

@@ -73,7 +73,7 @@ def write(
     cut = Cut(
         pruned_config(source, native_config(checkpoint.config), kept),
         {new: skipped[old] for new, old in enumerate(kept) if old in skipped},
-        _branches(source, before),
+        _branches(before, source),
         blocks.prefix,
         len(kept),
     )
@@ -133,14 +133,14 @@ def canonical_config(cut: Cut) -> dict[str, Any]:
     }
 
 
-def _branches(source: Path, model: nn.Module) -> dict[str, dict[str, Any]]:
+def _branches(model: nn.Module, source: Path) -> dict[str, dict[str, Any]]:
     """Per branch, the children of a block that go with it; they must be the same in all."""
     known: dict[str, dict[str, Any]] = getattr(model.config, "branches", {})
     if known:
         return known
     found = [
         {"attention": _children(each.attention), "mlp": _children(each.ffn)}
-        for each in find_sublayers(skeleton(source))
+        for each in find_sublayers(model)
     ]
     for index, branches in enumerate(found):
         if branches != found[0]:
