@@ -56,6 +56,10 @@ class ShallowConfig(PreTrainedConfig):
             del kwargs["vocab_size"]
         super().__init__(**{**native, **kwargs})
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle by the family's name, as the class has none that could be imported."""
+        return _empty, (self.base_model_type,), self.__dict__
+
     def to_dict(self) -> dict[str, Any]:
         """The native config under `base_config`, what is removed beside it.
 
@@ -97,6 +101,10 @@ class ShallowConfig(PreTrainedConfig):
         if kinds is not None:
             view.layer_types = [kinds[i] for i in left]
         return view
+
+
+def _empty(model_type: str) -> ShallowConfig:
+    return ShallowConfig.__new__(ShallowConfig, model_type)
 
 
 @functools.cache
