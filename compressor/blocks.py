@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from compressor.errors import UnsupportedArchitecture
-from compressor.families import FAMILIES, TUPLE_OUTPUT, Names
+from compressor.families import FAMILIES, TUPLE_OUTPUT, Names, family_of
 
 LINEAR = (nn.Linear, Conv1D)
 
@@ -26,6 +26,7 @@ class Blocks:
     Attributes:
         layers: the blocks, in order.
         prefix: their dotted path, such as `model.layers`.
+        skipped: of each block that lacks a branch, which: `["attention"]` or `["mlp"]`.
 
     Raises `UnsupportedArchitecture` for encoder-decoders, fused experts,
     state-space blocks and any block whose linears are not each in exactly one
@@ -49,11 +50,13 @@ class Blocks:
                 f"blocks in {type(decoder).__name__}, found {len(lists)} among: {children}"
             )
         self.layers: nn.ModuleList = lists[0][1]
-        self.names = FAMILIES.get(config.model_type, Names())
-        self.returns_tuple: bool = config.model_type in TUPLE_OUTPUT
+        family = family_of(config)
+        self.names = FAMILIES.get(family, Names())
+        self.returns_tuple: bool = family in TUPLE_OUTPUT
+        self.skipped: dict[int, list[str]] = getattr(config, "skipped", {})
         self.prefix = next(n for n, m in model.named_modules() if m is self.layers)
         for index in range(len(self.layers)):
-            self._check(index, config.model_type)
+            self._check(index, family)
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -62,11 +65,11 @@ class Blocks:
         return iter(self.layers)
 
     def attention(self, index: int) -> dict[str, nn.Module]:
-        """Attention modules of a block by full name; usually one."""
+        """Attention modules of a block by full name; usually one, none where it was removed."""
         return self._children(index, self.names.attention)
 
     def ffn(self, index: int) -> dict[str, nn.Module]:
-        """Feed-forward modules of a block by full name; OPT has two."""
+        """Feed-forward modules of a block by full name; OPT has two, and none where removed."""
         return self._children(index, self.names.ffn)
 
     def linears(self, index: int) -> dict[str, nn.Module]:
@@ -96,7 +99,9 @@ class Blocks:
                 )
         inside = _linears(self.attention(index)) | _linears(self.ffn(index))
         missing = self.linears(index).keys() - inside.keys()
-        if missing or not self.attention(index) or not self.ffn(index):
+        there = {"attention": self.attention(index), "mlp": self.ffn(index)}
+        gone = {kind for kind, modules in there.items() if not modules}
+        if missing or gone != set(self.skipped.get(index, ())):
             children = ", ".join(name for name, _ in block.named_children())
             raise UnsupportedArchitecture(
                 f"{where} has the children {children}; attention is looked for under "

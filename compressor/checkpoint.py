@@ -18,12 +18,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from compressor.errors import CheckpointError
+from compressor.families import SHIPPED
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHARD_BYTES = 4 * 2**30
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _WEIGHTS = ("*.safetensors", INDEX, *_PICKLES, "*.gguf")
+_CODE = Path(__file__).parent / "shallow"
 _REPORTS = ("manifest.json", "sparsity.json", "width.json")
 _NOT_CARRIED = ("config.json", "README.md", ".gitattributes", *_REPORTS)
 _DTYPES = {
@@ -120,12 +122,15 @@ class Checkpoint:
 
     @property
     def side_files(self) -> list[Path]:
-        """Tokenizer, chat template, generation config: all that a cut must carry over."""
-        weights = {path for pattern in _WEIGHTS for path in self.folder.glob(pattern)}
+        """Tokenizer, chat template, generation config: all that a cut must carry over.
+
+        Code is not among them: where a format needs some, the writer adds ours.
+        """
+        left = {p for pattern in (*_WEIGHTS, "*.py") for p in self.folder.glob(pattern)}
         return sorted(
             p
             for p in self.folder.iterdir()
-            if p.is_file() and p not in weights and p.name not in _NOT_CARRIED
+            if p.is_file() and p not in left and p.name not in _NOT_CARRIED
         )
 
     @property
@@ -161,7 +166,7 @@ class CheckpointWriter:
         self._total += size
 
     def finish(self, config: dict[str, Any], side_files: list[Path]) -> None:
-        """Write the last shard, the index, the config and copies of the side files."""
+        """Write the last shard, the index, the config, its code and copies of the side files."""
         self._flush()
         count = len(self._written)
         if count == 1:
@@ -177,7 +182,7 @@ class CheckpointWriter:
                 {"metadata": {"total_size": self._total}, "weight_map": weight_map},
             )
         write_json(self.folder / "config.json", config)
-        for path in side_files:
+        for path in (*code_files(config), *side_files):
             shutil.copyfile(path, self.folder / path.name)
 
     def __enter__(self) -> CheckpointWriter:
@@ -194,6 +199,11 @@ class CheckpointWriter:
             save_file(self._pending, self._shard(len(self._written)), metadata={"format": "pt"})
             self._written.append(list(self._pending))
             self._pending, self._pending_bytes = {}, 0
+
+
+def code_files(config: dict[str, Any]) -> list[Path]:
+    """The files of ours that a checkpoint with this config.json carries, most have none."""
+    return [_CODE / name for name in SHIPPED.get(config.get("model_type", ""), ())]
 
 
 def read_header(shard: Path) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -21,6 +21,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from compressor.blocks import Blocks, hidden, refuse_encoder_decoder
 from compressor.dense import DenseReader
 from compressor.errors import CheckpointError, UnsupportedArchitecture
+from compressor.shallow import register
+
+register()
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 

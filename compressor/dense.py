@@ -12,7 +12,7 @@ from torch import Tensor
 
 from compressor.checkpoint import Checkpoint
 from compressor.errors import CheckpointError
-from compressor.families import RENAMED_ON_DISK
+from compressor.families import RENAMED_ON_DISK, native_config
 
 PACKED = "weight_packed"
 
@@ -30,7 +30,8 @@ class DenseReader:
         """Open the folder; raises `CheckpointError` for formats that are not read."""
         self.checkpoint = Checkpoint(folder)
         self.config: dict[str, Any] = self.checkpoint.config
-        self._renamed = RENAMED_ON_DISK.get(self.config.get("model_type", ""), {})
+        family = native_config(self.config).get("model_type", "")
+        self._renamed = RENAMED_ON_DISK.get(family, {})
         quantization = self.config.get("quantization_config")
         self._groups = _weight_groups(self.checkpoint.folder, quantization) if quantization else []
 

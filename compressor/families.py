@@ -7,6 +7,7 @@ model in transformers; a family that names them otherwise is one row here.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,15 @@ FAMILIES: dict[str, Names] = {
 }
 """Rows for the families that the defaults do not fit, by `model_type`."""
 
+LLAMA_SHAPED = ("llama", "mistral")
+"""Families whose blocks compute what Llama's do, so that their weights fit `nemotron-nas`."""
+
+SHIPPED = {
+    "shallow": ("configuration_shallow.py", "modeling_shallow.py", "sublayer_removal.py"),
+    "nemotron-nas": ("configuration_decilm.py", "modeling_decilm.py", "sublayer_removal.py"),
+}
+"""Checkpoints without some sublayers, and the files of `compressor/shallow` they carry."""
+
 DEPTH_DEPENDENT = ("scale_attn_by_inverse_layer_idx",)
 """Config switches that tie a block's arithmetic to its index: such a model cannot lose blocks."""
 
@@ -36,3 +46,16 @@ RENAMED_ON_DISK = {"gpt_neox": {"lm_head.weight": "embed_out.weight"}}
 
 POSITIONS_FROM_MASK = ("bloom", "opt")
 """Families that count positions on a 2-D attention mask, so cannot be handed a ready 4-D one."""
+
+
+def family_of(config: Any) -> str:
+    """The native `model_type` of a config, also of one whose blocks lack sublayers."""
+    name: str = getattr(config, "base_model_type", None) or config.model_type
+    return name
+
+
+def native_config(raw: dict[str, Any]) -> dict[str, Any]:
+    """The native part of a config.json: all of it, unless blocks lack sublayers."""
+    if "base_config" not in raw:
+        return raw
+    return {**raw["base_config"], "model_type": raw["base_model_type"]}

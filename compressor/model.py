@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from compressor.blocks import Blocks
-from compressor.checkpoint import Checkpoint
+from compressor.checkpoint import Checkpoint, code_files
 from compressor.decoder import skeleton
 from compressor.errors import CheckpointError, SourceError
+from compressor.families import native_config
 from compressor.fetch import locate_model, model_files
 from compressor.sources import ModelSource
 
@@ -30,14 +32,15 @@ def materialise(source: ModelSource, out: Path) -> dict[str, Any]:
             raise SourceError(f"{path}: expected a Hugging Face folder or a .gguf file")
         _from_gguf(path, out, getattr(torch, source.dtype))
     else:
-        Checkpoint(path)
+        for code in code_files(Checkpoint(path).config):
+            shutil.copyfile(code, out / code.name)
         for file in model_files(path):
             (out / file.name).symlink_to(file.resolve())
     checkpoint = Checkpoint(out)
     blocks = Blocks(skeleton(out))
     _check_tokenizer(out, checkpoint)
     return {
-        "family": checkpoint.config.get("model_type"),
+        "family": native_config(checkpoint.config).get("model_type"),
         "blocks": len(blocks),
         "dtype": str(checkpoint.dtype).removeprefix("torch."),
     }
@@ -55,7 +58,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 def _check_tokenizer(folder: Path, checkpoint: Checkpoint) -> None:
     """Refuse a tokenizer that knows more tokens than the embedding has rows."""
-    size = checkpoint.config.get("vocab_size")
+    size = native_config(checkpoint.config).get("vocab_size")
     highest = max(load_tokenizer(folder).get_vocab().values(), default=0)
     if size is not None and highest >= size:
         raise CheckpointError(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from compressor.blocks import Blocks, hidden
 from compressor.errors import NotApplicable, UnsupportedArchitecture
-from compressor.families import POSITIONS_FROM_MASK
+from compressor.families import POSITIONS_FROM_MASK, family_of
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,15 @@ class Sublayer:
 
 @dataclass(frozen=True)
 class Sublayers:
-    """Both branches of a block.
+    """Both branches of a block, None where one was removed.
 
     Attributes:
         parallel: both read the block's input (GPT-NeoX); else the feed-forward reads the sum
             of that and the attention.
     """
 
-    attention: Sublayer
-    ffn: Sublayer
+    attention: Sublayer | None
+    ffn: Sublayer | None
     parallel: bool
 
 
@@ -63,7 +63,7 @@ def find_sublayers(model: nn.Module) -> list[Sublayers]:
         config: Any = model.config
         ids = torch.zeros((1, 2), dtype=torch.long, device="meta")
         ready = torch.zeros((1, 1, 2, 2), device="meta")  # nobody looks at a ready mask's values
-        mask = None if config.model_type in POSITIONS_FROM_MASK else ready
+        mask = None if family_of(config) in POSITIONS_FROM_MASK else ready
         with torch.no_grad():
             decoder(input_ids=ids, attention_mask=mask, use_cache=False)
     finally:
@@ -110,10 +110,13 @@ class _Calls:
                 f"{self._where} normalises the residual stream itself (post-norm), so its "
                 "attention and feed-forward cannot be told apart from the stream"
             )
-        attention, at = self._branch(self._attention, norms)
-        ffn, there = self._branch(self._ffn, norms)
-        shared = {*attention.norms} & {*ffn.norms}
-        return Sublayers(_without(attention, shared), _without(ffn, shared), _same(at, there))
+        attention = self._branch(self._attention, norms) if self._attention else None
+        ffn = self._branch(self._ffn, norms) if self._ffn else None
+        if not attention or not ffn:
+            return Sublayers(attention and attention[0], ffn and ffn[0], parallel=False)
+        shared = {*attention[0].norms} & {*ffn[0].norms}
+        parallel = _same(attention[1], ffn[1])
+        return Sublayers(_without(attention[0], shared), _without(ffn[0], shared), parallel)
 
     def _branch(self, members: Iterable[str], norms: Iterable[str]) -> tuple[Sublayer, Tensor]:
         """The branch, and the residual stream it reads."""

@@ -79,7 +79,7 @@ def score(job: Job) -> dict[str, Any]:
 
 
 def select(job: Job) -> dict[str, Any]:
-    """Choose the blocks that go."""
+    """Choose the blocks and sublayers that go."""
     name, params = job.method
     if "scores" in job.inputs:
         scores = Scores.load(job.inputs["scores"] / SCORES)
@@ -87,16 +87,17 @@ def select(job: Job) -> dict[str, Any]:
         scores = Scores(num_blocks=len(Blocks(skeleton(job.inputs["checkpoint"]))))
     selection: Selection = methods("select")[name].load()(scores, **dict(params))
     selection.save(job.out / SELECTION)
-    return {"drop_blocks": selection.drop_blocks, "reason": selection.reason}
+    return {**_dropped(selection), "reason": selection.reason}
 
 
 def prune(job: Job) -> dict[str, Any]:
     """Remove what a selection names, or what the method finds by itself."""
     if "selection" not in job.inputs:
         return _pruned_without_selection(job)
+    _, params = job.method
     selection = Selection.load(job.inputs["selection"] / SELECTION)
-    _method(job)(job.inputs["checkpoint"], selection, job.out)
-    return {"dropped": selection.drop_blocks}
+    _method(job)(job.inputs["checkpoint"], selection, job.out, **dict(params))
+    return _dropped(selection)
 
 
 def heal(job: Job) -> dict[str, Any]:
@@ -208,6 +209,12 @@ def _pruned_without_selection(job: Job) -> dict[str, Any]:
         return prune(source, job.out, **params)
     batch_size = job.config.head.batch_size
     return prune(source, job.out, tokens, device=job.device, batch_size=batch_size, **params)
+
+
+def _dropped(selection: Selection) -> dict[str, list[int]]:
+    """What goes, by kind; of sublayers only where some do."""
+    sublayers = {"drop_attention": selection.drop_attention, "drop_ffn": selection.drop_ffn}
+    return {"drop_blocks": selection.drop_blocks} | {k: v for k, v in sublayers.items() if v}
 
 
 def _tokens(job: Job, role: str) -> Tensor | None:

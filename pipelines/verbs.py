@@ -20,7 +20,7 @@ from pipelines.commands import JSON, QUIET, STORE, execute
 from pipelines.run import Options
 
 Builder = Callable[..., dict[str, Any]]
-_OWN = ("blocks",)
+_OWN = ("blocks", "attention", "ffn")
 """Parameters with an option of their own spelling."""
 
 TEXT = (
@@ -132,25 +132,32 @@ def score(method: str | None = None, **params: Any) -> dict[str, Any]:
 @_verb("prune", "calibration")
 @click.option("--selection", type=click.Path(path_type=Path), help="A selection.json.")
 @click.option("--blocks", help="Blocks to remove, such as 13-18 or 3,7,12.")
-def prune(
-    selection: Path | None = None, blocks: str | None = None, **params: Any
-) -> dict[str, Any]:
-    """Remove blocks from MODEL by list or selection file, or what another method finds in it.
+@click.option("--attention", help="Blocks to remove the attention of.")
+@click.option("--ffn", help="Blocks to remove the feed-forward of.")
+def prune(selection: Path | None = None, **params: Any) -> dict[str, Any]:
+    """Remove blocks and sublayers from MODEL by list or selection file, or by another method.
 
     \b
     compress prune MODEL --blocks 13-18 -o shallower
+    compress prune MODEL --blocks 13-18 --attention 3,5 --ffn 7-9 -o shallower
     compress prune MODEL --method wanda --sparsity 0.5 --text corpus.txt -o sparse
     """
+    lists = {kind: params.pop(kind) for kind in _OWN if kind in params}
     method = params.get("method", "blocks")
     row = configuration.methods("prune").get(method)
     if row is None or "selection" not in row.needs:
-        if selection or blocks:
-            raise click.UsageError(f"--method {method} takes neither --selection nor --blocks")
+        if selection or lists:
+            raise click.UsageError(f"--method {method} takes no selection and no list of parts")
         return {"stages": [{"prune": params}]}
-    if (selection is None) == (blocks is None):
-        raise click.UsageError("give exactly one of --selection and --blocks")
-    drop = Selection.load(selection).drop_blocks if selection else parse_blocks(blocks or "")
-    return {"stages": [{"select": {"method": "fixed", "blocks": drop}}, {"prune": params}]}
+    if (selection is None) == (not lists):
+        raise click.UsageError("give either --selection or some of --blocks, --attention, --ffn")
+    drop = {kind: parse_blocks(listed, f"--{kind}") for kind, listed in lists.items()}
+    if selection:
+        chosen = Selection.load(selection)
+        if chosen.reuse_attention or chosen.reuse_ffn:
+            raise SelectionError(f"{selection}: sublayers with shared weights cannot be written")
+        drop = {kind: getattr(chosen, f"drop_{kind}") for kind in _OWN}
+    return {"stages": [{"select": {"method": "fixed", **drop}}, {"prune": params}]}
 
 
 @_verb("heal", "healing")
@@ -239,13 +246,13 @@ def model_source(model: str) -> dict[str, str]:
     raise ConfigError(f"{model}: no such folder or file, and not a hub id such as org/name")
 
 
-def parse_blocks(text: str) -> list[int]:
+def parse_blocks(text: str, option: str = "--blocks") -> list[int]:
     """[13, 14, 15, 20] from `13-15,20`; raises `SelectionError` for anything else."""
     blocks: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
         if not match:
-            raise SelectionError(f"--blocks {text}: expected indices such as 13-18 or 3,7,12")
+            raise SelectionError(f"{option} {text}: expected indices such as 13-18 or 3,7,12")
         first, last = int(match[1]), int(match[2] or match[1])
         blocks += range(first, last + 1)
     return sorted(blocks)

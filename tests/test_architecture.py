@@ -20,7 +20,7 @@ VERB_FOLDERS = (*VERBS, "evaluate")
 
 LAYERS = (
     {"errors"},
-    {"progress", "families", "timing", "methods", "sources", "sparsity"},
+    {"progress", "families", "timing", "methods", "sources", "sparsity", "shallow"},
     {"fetch", "artifact", "records", "checkpoint", "moments"},
     {"blocks", "dense"},
     {"decoder"},

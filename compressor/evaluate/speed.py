@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from compressor.shallow import register
 from compressor.timing import speed
+
+register()
 
 
 def measure(

@@ -1,4 +1,4 @@
-"""Prune: remove blocks, heads, channels or single weights; the result needs no code of ours."""
+"""Prune: remove blocks, sublayers, heads, channels or single weights."""
 
 from __future__ import annotations
 
@@ -9,8 +9,15 @@ from pydantic import Field, model_validator
 from compressor.methods import Method, Params
 
 
-class BlocksParams(Params):
-    """Removing blocks has no parameters beside the selection."""
+class PruneParams(Params):
+    """How the result is written."""
+
+    flavour: Literal["auto", "canonical", "nemotron-nas"] = Field(
+        "auto",
+        description="auto keeps the architecture where only whole blocks go, else canonical: "
+        "own small model files beside the weights; nemotron-nas: what servers read without a "
+        "plugin, Llama-shaped models only",
+    )
 
 
 class MagnitudeParams(Params):
@@ -55,10 +62,10 @@ class SlimgptParams(Params):
 
 METHODS = {
     "blocks": Method(
-        "compressor.prune.blocks:prune",
-        BlocksParams,
-        "remove whole blocks, renumber the rest, cut every per-layer array of the config",
-        "arXiv:2403.17887 section 3.2",
+        "compressor.prune.driver:prune",
+        PruneParams,
+        "remove blocks, attentions and feed-forwards with all that serves them alone",
+        "arXiv:2403.17887 section 3.2 (blocks), arXiv:2406.15786 section 3 (sublayers)",
         "one copy of the weights, tensor by tensor",
         ("selection",),
     ),

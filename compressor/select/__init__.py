@@ -34,7 +34,9 @@ class LowestParams(Params):
 class FixedParams(Params):
     """Parameters of an explicit list."""
 
-    blocks: tuple[int, ...] = Field(description="the blocks to remove")
+    blocks: tuple[int, ...] = Field((), description="the blocks to remove")
+    attention: tuple[int, ...] = Field((), description="the blocks to remove the attention of")
+    ffn: tuple[int, ...] = Field((), description="the blocks to remove the feed-forward of")
 
 
 _SOURCE = "arXiv:2403.17887 section 3.2"

@@ -25,12 +25,28 @@ def lowest(scores: Scores, *, n: int, score: str, protect: tuple[int, ...]) -> S
     )
 
 
-def fixed(scores: Scores, *, blocks: tuple[int, ...]) -> Selection:
-    """Remove exactly the listed blocks; negative indices count from the end."""
-    drop = protected(scores.num_blocks, blocks)
-    if len(drop) != len(blocks):
-        raise SelectionError(f"blocks: a block is listed twice in {list(blocks)}")
+def fixed(
+    scores: Scores,
+    *,
+    blocks: tuple[int, ...],
+    attention: tuple[int, ...] = (),
+    ffn: tuple[int, ...] = (),
+) -> Selection:
+    """Remove exactly the listed blocks and sublayers; negative indices count from the end.
+
+    A block that loses both sublayers goes whole. Raises `SelectionError` for one listed twice.
+    """
+    lists = {"blocks": blocks, "attention": attention, "ffn": ffn}
+    gone = {kind: protected(scores.num_blocks, listed) for kind, listed in lists.items()}
+    for kind, listed in lists.items():
+        if len(gone[kind]) != len(listed):
+            raise SelectionError(f"{kind}: a block is listed twice in {list(listed)}")
+    drop = gone["blocks"] | (gone["attention"] & gone["ffn"])
     check_budget(len(drop), scores.num_blocks, ())
     return Selection(
-        num_blocks=scores.num_blocks, drop_blocks=sorted(drop), reason="the list that was given"
+        num_blocks=scores.num_blocks,
+        drop_blocks=sorted(drop),
+        drop_attention=sorted(gone["attention"] - drop),
+        drop_ffn=sorted(gone["ffn"] - drop),
+        reason="the list that was given",
     )

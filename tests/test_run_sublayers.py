@@ -1,0 +1,94 @@
+"""The whole pipeline on a model without some sublayers, and its command line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from compressor.errors import ExportError
+from compressor.export import ExportParams
+from tests.test_run import compress
+from tests.tiny import save_corpus, save_tiny, save_tokenizer
+
+CONFIG = """\
+name: tiny
+model: {path: model}
+text:
+  source: {path: corpus.jsonl, field: text}
+  evaluation: {windows: 2, length: 32}
+  calibration: {windows: 4, length: 32}
+  healing: {windows: 8, length: 32}
+evaluate: {prompt_tokens: 4, new_tokens: 2, repeats: 1}
+stages:
+  - score: [angular_distance, lamp]
+  - select: {method: fixed, attention: [1], ffn: [0, 2]}
+  - prune
+  - score: [block_influence, layer_contribution]
+  - heal: {method: lora, rank: 4, steps: 2, batch_size: 2}
+  - quantize: {method: gptq, group_size: 16}
+  - export: {formats: [safetensors]}
+"""
+ALONE = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+assert torch.isfinite(model(torch.arange(3, 20)[None]).logits).all()
+print(type(model).__name__, sum("mlp" in layer._modules for layer in model.model.layers))
+assert not any(name.startswith("compressor") for name in sys.modules)
+"""
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sublayers")
+    save_tiny(folder / "model", "llama", hidden_size=64)
+    save_tokenizer(folder / "model")
+    save_corpus(folder / "corpus.jsonl")
+    (folder / "tiny.yaml").write_text(CONFIG)
+    return folder
+
+
+def test_every_stage_works_on_it(project: Path) -> None:
+    result = compress(project, "run", "tiny.yaml", "--json")
+    assert result.returncode == 0, result.stderr
+    record = json.loads(result.stdout)
+    stages = {stage["label"]: stage["metrics"] for stage in record["stages"]}
+    assert stages["prune"] == {"drop_blocks": [], "drop_attention": [1], "drop_ffn": [0, 2]}
+    assert stages["evaluate prune"]["kl"] > 0
+    original, pruned = (stages[f"evaluate {name}"] for name in ("original", "prune"))
+    attention, ffn, norm = 4 * 64 * 64 - 2 * 32 * 64, 3 * 64 * 48, 64
+    assert original["parameters"] - pruned["parameters"] == attention + 2 * ffn + 3 * norm
+    assert pruned["speed"]["decode"]["median"] > 0
+    folder = record["exports"]["safetensors"]
+    alone = subprocess.run(
+        [sys.executable, "-c", ALONE, folder],
+        cwd=folder,
+        env={"HF_HOME": str(project / "hf"), "TRANSFORMERS_VERBOSITY": "error"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert alone.returncode == 0, alone.stderr[-3000:]
+    assert alone.stdout.split() == ["ShallowForCausalLM", "2"]
+
+
+def test_the_command_line_removes_sublayers(project: Path) -> None:
+    lists = ("--blocks", "3", "--attention", "1", "--ffn", "0-1")
+    result = compress(project, "prune", "model", *lists, "-o", "cut", "--quiet")
+    assert result.returncode == 0, result.stderr
+    config = json.loads((project / "cut/config.json").read_text())
+    assert config["num_hidden_layers"] == 2
+    assert config["per_layer_config"] == {"0": {"skip": ["mlp"]}}
+    again = compress(project, "prune", "cut", "--attention", "1", "-o", "again", "--quiet")
+    assert again.returncode == 0, again.stderr
+    config = json.loads((project / "again/config.json").read_text())
+    assert config["per_layer_config"] == {"0": {"skip": ["mlp"]}, "1": {"skip": ["attention"]}}
+    pytest.importorskip("onnx_ir")
+    from compressor.export.onnx import export
+
+    with pytest.raises(ExportError, match="shallow: no ONNX graph for this family yet"):
+        export(project / "again", project, ExportParams(formats=("onnx",)))
