@@ -20,7 +20,7 @@ VERB_FOLDERS = (*VERBS, "evaluate")
 
 LAYERS = (
     {"errors"},
-    {"progress", "families", "timing", "methods", "sources"},
+    {"progress", "families", "timing", "methods", "sources", "sparsity"},
     {"fetch", "artifact", "records", "checkpoint", "moments"},
     {"blocks", "dense"},
     {"decoder"},
