@@ -41,7 +41,7 @@ class Decoder:
         self.dtype = torch.float32 if self.device.type == "cpu" else self.reader.checkpoint.dtype
         self.model = skeleton(folder, self.dtype)
         self.blocks = Blocks(self.model)
-        self._calls: dict[int, list[Call]] = {}
+        self._calls: dict[tuple[str, int, int], list[Call]] = {}
         self._load_shell()
 
     def _load_shell(self) -> None:
@@ -85,7 +85,7 @@ class Decoder:
     def embed(self, tokens: Tensor) -> Tensor:
         """Residual stream entering block 0, (B, T, D), from tokens (B, T).
 
-        Also remembers, per batch size, the masks and positions the model hands its blocks.
+        Also remembers, per shape, the masks and positions the model hands its blocks.
         """
         calls: list[Call] = []
         stream: list[Tensor] = []
@@ -98,14 +98,33 @@ class Decoder:
         with self._stand_in(record):
             decoder: Any = self.model.get_decoder()  # type: ignore[operator]
             decoder(input_ids=tokens.to(self.device), use_cache=False)
-        self._calls[len(tokens)] = calls
+        self._calls[self._kind(stream[0])] = calls
         return stream[0]
 
     def run(self, index: int, x: Tensor) -> Tensor:
         """Residual stream after the resident block `index`, (B, T, D) from (B, T, D)."""
-        args, kwargs = self._calls[len(x)][index]
+        args, kwargs = self._calls[self._kind(x)][index]
         block = self.blocks.layers[index]
         return hidden(type(block).forward(block, x.to(self.device), *args, **kwargs))
+
+    def _kind(self, x: Tensor) -> tuple[str, int, int]:
+        """What the masks depend on: how attention is computed, batch size and length."""
+        config: Any = self.model.config
+        return config._attn_implementation, x.shape[0], x.shape[1]
+
+    @contextmanager
+    def eager_attention(self) -> Iterator[None]:
+        """Attention by explicit maps, for the length of a `with` block.
+
+        Its masks differ from those of fused kernels, so shapes must be embedded under it too.
+        """
+        model: Any = self.model
+        usual = model.config._attn_implementation
+        model.set_attn_implementation("eager")
+        try:
+            yield
+        finally:
+            model.set_attn_implementation(usual)
 
     @torch.no_grad()
     def logits(self, x: Tensor) -> Tensor:

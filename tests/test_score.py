@@ -17,12 +17,13 @@ from compressor.decoder import Decoder
 from compressor.errors import CompressError
 from compressor.methods import Params
 from compressor.score import (
+    METHODS,
     AngularDistanceParams,
     BlockInfluenceParams,
     LampParams,
     LayerContributionParams,
+    layer_contribution,
 )
-from compressor.score import collect as collect_module
 from compressor.score.angular_distance import AngularDistance
 from compressor.score.block_influence import BlockInfluence
 from compressor.score.collect import score
@@ -211,26 +212,24 @@ def test_all_scores_share_one_walk(
     assert len(calls) == L * 3 + L * (L - 1) // 2
 
 
-@pytest.mark.parametrize(
-    ("name", "params", "block"),
-    [
-        ("angular_distance", AngularDistanceParams(), 2),
-        ("block_influence", BlockInfluenceParams(), 2),
-        ("layer_contribution", LayerContributionParams(), 0),
-    ],
-)
-def test_nan_is_named_by_block(
-    name: str,
-    params: Params,
-    block: int,
-    model: tuple[Any, Path],
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("name", ["block_influence", "dlp", "attention_rank"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_overflow_is_named_by_block(
+    name: str, bad: float, model: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Block 2 overflows; bypassing block 0 is the first comparison that shows it."""
+    run = Decoder.run
 
     def overflow(self: Decoder, index: int, x: Tensor) -> Tensor:
-        return x * torch.nan if index == 2 else x + 1
+        return run(self, index, x) * (bad if index == 2 else 1)
 
-    monkeypatch.setattr(collect_module.Decoder, "run", overflow)
-    with pytest.raises(CompressError, match=f"{name} of block {block} is nan"):
-        ask(model[1], name, params)
+    monkeypatch.setattr(Decoder, "run", overflow)
+    with pytest.raises(CompressError, match=r"the output of block 2 is not finite; .*float32"):
+        ask(model[1], name, METHODS[name].params())
+
+
+def test_a_score_that_is_not_finite_is_named_by_part(
+    model: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layer_contribution, "divergence", lambda p, q: torch.nan)
+    with pytest.raises(CompressError, match=r"layer_contribution of block 0 is nan; .*float32"):
+        ask(model[1], "layer_contribution", LayerContributionParams())
