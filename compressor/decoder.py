@@ -41,13 +41,14 @@ class Decoder:
         self.dtype = torch.float32 if self.device.type == "cpu" else self.reader.checkpoint.dtype
         self.model = skeleton(folder, self.dtype)
         self.blocks = Blocks(self.model)
+        self._shapes = {name: each.shape for name, each in self.model.state_dict().items()}
         self._calls: dict[tuple[str, int, int], list[Call]] = {}
         self._load_shell()
 
     def _load_shell(self) -> None:
         inside = self.blocks.prefix + "."
         tied: Any = self.model.all_tied_weights_keys
-        shell = [n for n in self.model.state_dict() if not n.startswith(inside) and n not in tied]
+        shell = [n for n in self._shapes if not n.startswith(inside) and n not in tied]
         self.model.load_state_dict({n: self._read(n) for n in shell}, strict=False, assign=True)
         self.model.tie_weights()  # type: ignore[operator]
         for name, buffer in self.model.named_buffers():
@@ -56,13 +57,12 @@ class Decoder:
 
     def _read(self, name: str) -> Tensor:
         weight = self.reader.read(name).to(self.device, self.dtype)
-        expected = self.model.state_dict()[name].shape
-        if weight.shape != expected:
+        if weight.shape != self._shapes[name]:
             raise CheckpointError(
                 f"{self.reader.checkpoint.folder}: {name} has shape {tuple(weight.shape)}, "
-                f"but config.json says {tuple(expected)}"
+                f"but config.json says {tuple(self._shapes[name])}"
             )
-        if not torch.isfinite(weight).all():
+        if not torch.isfinite(torch.stack(weight.aminmax())).all():  # reads once, writes nothing
             raise CheckpointError(
                 f"{self.reader.checkpoint.folder}: {name} holds NaN or infinity; "
                 "the checkpoint is damaged, fetch it again"
