@@ -40,7 +40,7 @@ def far_share(weights: list[Tensor], *, two_sided: bool) -> float:
     count = sum(w.numel() for w in weights)
     mean = sum(float(w.sum()) for w in weights) / count
     std = (sum(float((w - mean).square_().sum()) for w in weights) / count) ** 0.5
-    far = sum(torch.count_nonzero(w > mean + std) for w in weights)
+    far = sum(int(torch.count_nonzero(w > mean + std)) for w in weights)
     if two_sided:
-        far += sum(torch.count_nonzero(w < mean - std) for w in weights)
-    return int(far) / count
+        far += sum(int(torch.count_nonzero(w < mean - std)) for w in weights)
+    return far / count
