@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -379,3 +380,26 @@ def test_attention_that_gives_no_maps_is_refused(llama: Path) -> None:
 def test_a_warm_up_longer_than_the_windows_is_refused(llama: Path) -> None:
     with pytest.raises(NotApplicable, match="12 tokens end within the warm-up of 25"):
         ask(llama, "ffn_saturation")
+
+
+DOCS = Path(__file__).parents[1] / "docs" / "scores"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_score_has_its_page(name: str) -> None:
+    page = (DOCS / f"{name}.md").read_text()
+    head, formula, cost, misleads = page.split("\n## ")
+    title, source, what = head.strip().split("\n\n")
+    assert title.startswith("# ")
+    assert f"`{name}`" in source
+    for identifier in re.findall(r"arXiv:[\d.]+\d", METHODS[name].source):
+        assert identifier in source
+    assert len(what.split()) > 30
+    for part, heading in (
+        (formula, "Formula"),
+        (cost, "Cost"),
+        (misleads, "When it misleads"),
+    ):
+        assert part.startswith(f"{heading}\n\n")
+        assert len(part) > len(heading) + 20
+    assert f"[{name}]({name}.md)" in (DOCS / "README.md").read_text()

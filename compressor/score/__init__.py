@@ -8,6 +8,8 @@ from pydantic import Field
 
 from compressor.methods import Method, Params
 
+_MAX_WINDOWS = "calibration windows to use at most"
+
 
 class AngularDistanceParams(Params):
     """Parameters of the angular distance."""
@@ -28,9 +30,7 @@ class LampParams(Params):
 class LayerContributionParams(Params):
     """Parameters of the layer contribution."""
 
-    max_windows: int = Field(
-        4, gt=0, description="calibration windows to use at most; costs (L+1)/2 forwards"
-    )
+    max_windows: int = Field(4, gt=0, description=_MAX_WINDOWS)
     positions: Literal["last", "all"] = Field("all", description="tokens whose outputs count")
     direction: Literal["full_skip", "skip_full"] = Field(
         "full_skip", description="KL(full || skipped) or KL(skipped || full)"
@@ -87,7 +87,7 @@ class ActivityParams(Params):
 class AttentionRankParams(Params):
     """Parameters of the attention rank."""
 
-    max_windows: int = Field(2, gt=0, description="calibration windows to use at most")
+    max_windows: int = Field(4, gt=0, description=_MAX_WINDOWS)
     max_tokens: int = Field(128, gt=0, description="tokens of each to use; the cost is cubic in it")
     tolerance: float = Field(
         0.01, gt=0, lt=1, description="singular values count above this share of the largest"
