@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ from compressor.score.activity import Activity
 from compressor.score.block_influence import LayerInputModification
 from compressor.score.collect import score
 from compressor.score.outliers import InputNorms, mean, median
-from compressor.score.sublayer_cosine import guarded
+from compressor.score.sublayer_cosine import branch_cosines, guarded
 from compressor.score.zd import far_share
 from tests.tiny import save_tiny, tiny, tokens
 
@@ -227,21 +228,14 @@ def test_residual(pair: tuple[Run, Path]) -> None:
 ONE_BLOCK: Any = SimpleNamespace(blocks=range(1))
 
 
-def test_t3_a_sublayer_is_compared_with_its_residual() -> None:
+@pytest.mark.parametrize("parallel", [False, True])
+def test_t3_a_sublayer_is_compared_with_its_residual(parallel: bool) -> None:
+    """Attention adds (1, -1) to (3, 4), the feed-forward the same to what it reads."""
     x, f = torch.tensor([3.0, 4]), torch.tensor([1.0, -1])
-    assert float(cos(x, x + f, dim=0)) == pytest.approx(0.96, abs=1e-6)
-    assert float(cos(x, f, dim=0)) == pytest.approx(-0.141421, abs=1e-6)
-    from compressor.score.sublayer_cosine import BranchCosines
-
-    for parallel in (False, True):
-        watcher = BranchCosines.__new__(BranchCosines)
-        watcher._branches = [SimpleNamespace(parallel=parallel)]  # type: ignore[list-item]
-        watcher._seen = f if parallel else x + f
-        step: Any = SimpleNamespace(index=0)
-        y = x + 2 * f if parallel else x + f
-        watcher.update(step, slice(0, 1), x, y)
-        assert float(watcher.attention) == pytest.approx(0.96, abs=1e-6)
-        assert float(watcher.ffn) == pytest.approx(0.96 if parallel else 1, abs=1e-6)
+    attention, ffn = branch_cosines(x, x + 2 * f, f if parallel else x + f, parallel=parallel)
+    assert float(attention) == pytest.approx(0.96, abs=1e-6)
+    after_both = (4 * 5 + 3 * 2) / (5 * math.sqrt(29))
+    assert float(ffn) == pytest.approx(0.96 if parallel else after_both, abs=1e-6)
 
 
 def test_t7_lim_and_zd() -> None:

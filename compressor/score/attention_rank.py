@@ -46,14 +46,19 @@ class AttentionRank(Collector):
 
     def update(self, step: Step, rows: slice, x_in: Tensor, x_out: Tensor) -> None:
         """Add the ranks of the windows of one batch that are among the first."""
-        for window in range(len(range(*rows.indices(self._windows)))):
-            maps = self._maps(step, x_in[window : window + 1, : self._tokens])
-            ranks = torch.linalg.matrix_rank(maps.float(), rtol=self._tolerance)
-            self._sums[step.index] += ranks.double().mean().cpu()
+        count = len(range(*rows.indices(self._windows)))
+        with self._decoder.eager_attention():
+            for window in range(count):
+                maps = self._maps(step, x_in[window : window + 1, : self._tokens])
+                ranks = torch.linalg.matrix_rank(maps, rtol=self._tolerance)
+                self._sums[step.index] += ranks.double().mean().cpu()
 
     def _maps(self, step: Step, x: Tensor) -> Tensor:
-        """Attention maps (1, H, T, T) of one window; raises `NotApplicable` if none are given."""
-        ((name, attention),) = self._decoder.blocks.attention(step.index).items()
+        """Attention maps (1, H, T, T) of one window in float32.
+
+        Raises `NotApplicable` when the family gives none.
+        """
+        *_, (name, attention) = self._decoder.blocks.attention(step.index).items()
         length = x.shape[1]
         found: list[Tensor] = []
 
@@ -64,8 +69,7 @@ class AttentionRank(Collector):
 
         handle = attention.register_forward_hook(see)
         try:
-            with self._decoder.eager_attention():
-                step.run(x)
+            step.run(x)
         except _Seen:
             pass
         finally:
@@ -75,7 +79,7 @@ class AttentionRank(Collector):
                 f"{name} gives no attention maps, even when asked for eager attention: its family "
                 "computes attention in a kernel of its own"
             )
-        return found[0]
+        return found[0].float()
 
     def result(self) -> Scores:
         """One saliency per attention."""

@@ -60,14 +60,24 @@ class BranchCosines(Watcher):
     def update(self, step: Step, rows: slice, x_in: Tensor, x_out: Tensor) -> None:
         """Turn what was seen into cosines."""
         assert self._seen is not None
-        x, y, seen = x_in.float(), x_out.float(), self._seen.to(x_in.device).float().view_as(x_in)
+        seen = self._seen.to(x_in.device).view_as(x_in)
+        parallel = self._branches[step.index].parallel
+        self.attention, self.ffn = branch_cosines(x_in, x_out, seen, parallel=parallel)
         self._seen = None
-        if self._branches[step.index].parallel:
-            self.attention = torch.cosine_similarity(x, x + seen, dim=-1)
-            self.ffn = torch.cosine_similarity(x, y - seen, dim=-1)
-        else:
-            self.attention = torch.cosine_similarity(x, seen, dim=-1)
-            self.ffn = torch.cosine_similarity(seen, y, dim=-1)
+
+
+def branch_cosines(
+    x_in: Tensor, x_out: Tensor, seen: Tensor, *, parallel: bool
+) -> tuple[Tensor, Tensor]:
+    """cos(x, x + f(x)) of attention and feed-forward, (B, T) float32.
+
+    x_in, x_out: the stream (B, T, D) around the block. seen: the stream between its branches or,
+    if both read x_in (parallel), what the attention adds.
+    """
+    x, y, seen = x_in.float(), x_out.float(), seen.float()
+    pairs = ((x, x + seen), (x, y - seen)) if parallel else ((x, seen), (seen, y))
+    attention, ffn = (torch.cosine_similarity(a, b, dim=-1) for a, b in pairs)
+    return attention, ffn
 
 
 class SublayerCosine(Collector):
