@@ -23,8 +23,10 @@ from compressor.score.activity import Activity
 from compressor.score.block_influence import LayerInputModification
 from compressor.score.collect import score
 from compressor.score.outliers import InputNorms, mean, median
+from compressor.score.stream import StreamNorms
 from compressor.score.sublayer_cosine import branch_cosines, guarded
 from compressor.score.zd import far_share
+from tests.test_score import one_block
 from tests.tiny import save_tiny, tiny, tokens
 
 L, N, T = 4, 5, 12
@@ -225,25 +227,23 @@ def test_residual(pair: tuple[Run, Path]) -> None:
     assert depth["residual_kurtosis"] == near((z**4).mean((1, 2, 3)).tolist())
 
 
-ONE_BLOCK: Any = SimpleNamespace(blocks=range(1))
-
-
 @pytest.mark.parametrize("parallel", [False, True])
 def test_t3_a_sublayer_is_compared_with_its_residual(parallel: bool) -> None:
     """Attention adds (1, -1) to (3, 4), the feed-forward the same to what it reads."""
     x, f = torch.tensor([3.0, 4]), torch.tensor([1.0, -1])
-    attention, ffn = branch_cosines(x, x + 2 * f, f if parallel else x + f, parallel=parallel)
+    y = x + 2 * f
+    stream: Any = SimpleNamespace(before=x.norm(), after=y.norm())
+    attention, ffn = branch_cosines(x, y, f if parallel else x + f, stream, parallel)
     assert float(attention) == pytest.approx(0.96, abs=1e-6)
     after_both = (4 * 5 + 3 * 2) / (5 * math.sqrt(29))
     assert float(ffn) == pytest.approx(0.96 if parallel else after_both, abs=1e-6)
 
 
 def test_t7_lim_and_zd() -> None:
+    x, y = torch.tensor([[[1.0, 2, 3]]]), torch.tensor([[[2.0, 2, 2]]])
     for cosine in ("token", "window"):
-        lim = LayerInputModification(ONE_BLOCK, torch.zeros(1, 1), cosine=cosine)
-        x, y = torch.tensor([[[1.0, 2, 3]]]), torch.tensor([[[2.0, 2, 2]]])
-        lim.update(SimpleNamespace(index=0), slice(0, 1), x, y)  # type: ignore[arg-type]
-        assert lim.result().block["lim"] == [pytest.approx(-0.925820, abs=1e-6)]
+        (found,) = one_block(LayerInputModification, x, y, cosine=cosine).block["lim"]
+        assert found == pytest.approx(-0.925820, abs=1e-6)
     w = [torch.tensor([-2.0, -1, 0]), torch.tensor([[0.0, 1, 5]])]
     assert far_share(w, two_sided=False) == pytest.approx(0.166667, abs=1e-6)
     assert far_share(w, two_sided=True) == pytest.approx(0.333333, abs=1e-6)
@@ -251,12 +251,14 @@ def test_t7_lim_and_zd() -> None:
 
 
 def test_t9_activity() -> None:
-    norms = [10, 14, 15, 15.5, 19]
+    norms = [10.0, 14.0, 15.0, 15.5, 19.0]
     blocks: Any = SimpleNamespace(blocks=range(4))
-    activity = Activity(blocks, torch.zeros(1, 1), alpha=0.3)
+    stream = StreamNorms(blocks, torch.zeros(1, 1))
+    activity = Activity(blocks, torch.zeros(1, 1), stream, alpha=0.3)
     for l in range(4):
         x, y = torch.tensor([[[norms[l], 0]]]), torch.tensor([[[0, norms[l + 1]]]])
-        activity.update(SimpleNamespace(index=l), slice(0, 1), x, y)  # type: ignore[arg-type]
+        for watcher in (stream, activity):
+            watcher.update(SimpleNamespace(index=l), slice(0, 1), x, y)  # type: ignore[arg-type]
     assert activity.result().block["activity"] == [1, 1, 0, 1]
 
 
@@ -279,6 +281,7 @@ def test_cold_feed_forwards_rank_above_all_others() -> None:
     found = guarded(s, 0.9)
     order = sorted(range(8), key=found.__getitem__)
     assert order == [5, 2, 4, 3, 7, 0, 6, 1]
+    assert guarded([0.9, 0.95, 0.9], 0.9) == pytest.approx([0.1, 0.05, 0.1])
     with pytest.raises(NotApplicable, match=r"highest is 0\.990.*lower the threshold"):
         guarded(s, 0.995)
 

@@ -16,6 +16,7 @@ from compressor.blocks import Blocks
 from compressor.decoder import Decoder
 from compressor.errors import CompressError
 from compressor.methods import Params
+from compressor.records import Scores
 from compressor.score import (
     METHODS,
     AngularDistanceParams,
@@ -27,13 +28,13 @@ from compressor.score import (
 from compressor.score.angular_distance import AngularDistance
 from compressor.score.block_influence import BlockInfluence
 from compressor.score.collect import score
+from compressor.score.collector import Collector
 from compressor.score.lamp import ascending_scores
 from compressor.score.layer_contribution import divergence
 from tests.tiny import save_tiny, tokens
 
 WINDOWS = tokens(5, 12)
 L = 4
-ONE_BLOCK: Any = SimpleNamespace(blocks=range(1))
 
 
 @pytest.fixture(scope="module")
@@ -86,17 +87,15 @@ def test_block_influence_is_the_papers(model: tuple[Any, Path]) -> None:
         assert found[i] == pytest.approx(1 - np.mean(cosines), abs=1e-6)
 
 
-class _Step:
-    """As much of a walk's step as a collector looks at."""
-
-    def __init__(self, index: int) -> None:
-        self.index = index
-
-
-def through(collector: Any, x: list[list[float]], y: list[list[float]]) -> Any:
-    """One block that maps the tokens x to y, one window each."""
-    before, after = torch.tensor(x)[:, None], torch.tensor(y)[:, None]
-    collector.update(_Step(0), slice(0, len(x)), before, after)
+def one_block(kind: type[Collector], x: Tensor, y: Tensor, **params: Any) -> Scores:
+    """The score of a model of one block that maps the states x (N, 1, D) to y."""
+    decoder: Any = SimpleNamespace(blocks=range(1))
+    step: Any = SimpleNamespace(index=0)
+    tokens = torch.zeros(x.shape[:2])
+    shared = [watcher(decoder, tokens) for watcher in kind.shares]  # type: ignore[call-arg]
+    collector = kind(decoder, tokens, *shared, **params)  # type: ignore[call-arg]
+    for each in (*shared, collector):
+        each.update(step, slice(0, len(x)), x, y)
     return collector.result()
 
 
@@ -110,15 +109,15 @@ def through(collector: Any, x: list[list[float]], y: list[list[float]]) -> Any:
     ],
 )
 def test_t2_angular_distance(x: list[float], y: list[float], expected: float) -> None:
-    collector = AngularDistance(ONE_BLOCK, torch.zeros(1, 1), positions="last")
-    assert through(collector, [x], [y]).distances == [[pytest.approx(expected, abs=1e-6)]]
+    found = one_block(AngularDistance, torch.tensor([[x]]), torch.tensor([[y]]), positions="last")
+    assert found.distances == [[pytest.approx(expected, abs=1e-6)]]
 
 
 def test_t3_block_influence_and_mean_angle() -> None:
-    x, y = [[1.0, 0], [1.0, 1]], [[1.0, 1], [1.0, 2]]
-    influence = through(BlockInfluence(ONE_BLOCK, torch.zeros(2, 1)), x, y)
+    x, y = torch.tensor([[[1.0, 0]], [[1, 1]]]), torch.tensor([[[1.0, 1]], [[1, 2]]])
+    influence = one_block(BlockInfluence, x, y)
     assert influence.block["block_influence"] == [pytest.approx(0.172105, abs=1e-6)]
-    distance = through(AngularDistance(ONE_BLOCK, torch.zeros(2, 1), positions="all"), x, y)
+    distance = one_block(AngularDistance, x, y, positions="all")
     assert distance.distances == [[pytest.approx(0.176208, abs=1e-6)]]
 
 

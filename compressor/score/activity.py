@@ -8,6 +8,7 @@ from torch import Tensor
 from compressor.decoder import Decoder
 from compressor.records import Scores
 from compressor.score.collector import Collector
+from compressor.score.stream import StreamNorms
 from compressor.walk import Step
 
 
@@ -19,17 +20,21 @@ class Activity(Collector):
     is 0. The paper skips voids token by token; the saliency here is 1 - the share of void tokens.
     """
 
-    def __init__(self, decoder: Decoder, tokens: Tensor, *, alpha: float) -> None:
+    shares = (StreamNorms,)
+
+    def __init__(
+        self, decoder: Decoder, tokens: Tensor, stream: StreamNorms, *, alpha: float
+    ) -> None:
         """Prepare for tokens (N, T)."""
-        self._alpha = alpha
+        self._stream, self._alpha = stream, alpha
         self._active = torch.zeros(len(decoder.blocks), dtype=torch.float64)
         self._low = torch.full(tokens.shape, torch.inf)
         self._high = torch.full(tokens.shape, -torch.inf)
 
     def update(self, step: Step, rows: slice, x_in: Tensor, x_out: Tensor) -> None:
         """Compare one batch's change of length with the changes before."""
-        before, after = (torch.linalg.vector_norm(x.float(), dim=-1) for x in (x_in, x_out))
-        delta, low, high = after - before, self._low[rows], self._high[rows]
+        delta = self._stream.after - self._stream.before
+        low, high = self._low[rows], self._high[rows]
         span = (high - low).clamp(min=0)  # before the first delta it is -inf
         self._active[step.index] += (delta >= self._alpha * span).sum()
         self._low[rows], self._high[rows] = low.minimum(delta), high.maximum(delta)

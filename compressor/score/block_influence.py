@@ -8,6 +8,7 @@ from torch import Tensor
 from compressor.decoder import Decoder
 from compressor.records import Scores
 from compressor.score.collector import Collector
+from compressor.score.stream import StreamNorms
 from compressor.walk import Step
 
 
@@ -17,15 +18,17 @@ class BlockInfluence(Collector):
     x_in, x_out: residual stream (B, T, D) around block i; cosines in float32, sums in float64.
     """
 
-    def __init__(self, decoder: Decoder, tokens: Tensor) -> None:
+    shares = (StreamNorms,)
+
+    def __init__(self, decoder: Decoder, tokens: Tensor, stream: StreamNorms) -> None:
         """Prepare for tokens (N, T)."""
+        self._stream = stream
         self._sums = torch.zeros(len(decoder.blocks), dtype=torch.float64)
         self._count = tokens.numel()
 
     def update(self, step: Step, rows: slice, x_in: Tensor, x_out: Tensor) -> None:
         """Add one batch of one block."""
-        cosine = torch.cosine_similarity(x_in.float(), x_out.float(), dim=-1)
-        self._sums[step.index] += cosine.double().sum()
+        self._sums[step.index] += self._stream.cosine.double().sum()
 
     def result(self) -> Scores:
         """One saliency per block."""
@@ -41,16 +44,24 @@ class LayerInputModification(Collector):
     with large norms count for more, and averages over windows. x_in, x_out: (B, T, D).
     """
 
-    def __init__(self, decoder: Decoder, tokens: Tensor, *, cosine: str) -> None:
+    shares = (StreamNorms,)
+
+    def __init__(
+        self, decoder: Decoder, tokens: Tensor, stream: StreamNorms, *, cosine: str
+    ) -> None:
         """Prepare for tokens (N, T)."""
-        self._first = -1 if cosine == "token" else 1
+        self._stream = stream if cosine == "token" else None
         self._sums = torch.zeros(len(decoder.blocks), dtype=torch.float64)
-        self._count = tokens.numel() if cosine == "token" else len(tokens)
+        self._count = tokens.numel() if self._stream else len(tokens)
 
     def update(self, step: Step, rows: slice, x_in: Tensor, x_out: Tensor) -> None:
         """Add one batch of one block."""
-        x, y = x_in.float().flatten(self._first), x_out.float().flatten(self._first)
-        self._sums[step.index] += torch.cosine_similarity(x, y, dim=-1).double().sum()
+        if self._stream:
+            cosine = self._stream.cosine
+        else:
+            x, y = x_in.float().flatten(1), x_out.float().flatten(1)
+            cosine = torch.cosine_similarity(x, y, dim=-1)
+        self._sums[step.index] += cosine.double().sum()
 
     def result(self) -> Scores:
         """One saliency per block."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from compressor import progress
-from compressor.decoder import Decoder
+from compressor.decoder import Decoder, all_finite
 from compressor.errors import CompressError, NotApplicable
 from compressor.methods import Params
 from compressor.records import Scores
@@ -65,7 +65,7 @@ class _Crew:
         self.decoder = decoder
         self.tokens = tokens
         self.collectors: dict[str, Collector] = {}
-        self.watchers: dict[type[Watcher], Any] = {}
+        self.watchers: dict[type[Watcher], Watcher] = {}
         self.results: list[Scores] = []
         self.unavailable: dict[str, str] = {}
 
@@ -81,23 +81,23 @@ class _Crew:
     def add(self, name: str, params: Params) -> None:
         make = METHODS[name].load()
         inputs = (self.decoder, self.tokens) if METHODS[name].needs else (self.decoder,)
-        shared = [self._shared(kind) for kind in getattr(make, "shares", ())]
-        made: Scores | Collector = make(*inputs, *shared, **dict(params))
+        made: Scores | Collector = make(*inputs, *self._shared(make), **dict(params))
         if isinstance(made, Scores):
             self.results.append(made)
         else:
             self.collectors[name] = made
 
-    def _shared(self, kind: type[Watcher]) -> Watcher:
-        if kind not in self.watchers:
-            self.watchers[kind] = kind(self.decoder, self.tokens)  # type: ignore[call-arg]
-        return self.watchers[kind]
+    def _shared(self, make: Any) -> list[Watcher]:
+        for kind in getattr(make, "shares", ()):
+            if kind not in self.watchers:
+                self.watchers[kind] = kind(self.decoder, self.tokens, *self._shared(kind))
+        return [self.watchers[kind] for kind in getattr(make, "shares", ())]
 
     def walk(self, stream: Stream) -> None:
         """Show every batch of every block to the watchers, then to the collectors."""
         for step in walk(stream, "score"):
             for batch in self._batches(step):
-                if not torch.isfinite(batch[-1]).all():
+                if not all_finite(batch[-1]):
                     raise CompressError(f"the output of block {step.index} is not finite{_REMEDY}")
                 for watcher in self.watchers.values():
                     watcher.update(step, *batch)

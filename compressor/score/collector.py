@@ -12,10 +12,15 @@ from compressor.walk import Step
 
 
 class Watcher:
-    """Statistics that several scores read: made once per walk with (decoder, tokens).
+    """Statistics that several scores read: made once per walk with (decoder, tokens, *shared).
 
     Every method does nothing unless overridden.
+
+    Attributes:
+        shares: the watchers it reads, handed to it in this order and called before it.
     """
+
+    shares: ClassVar[tuple[type[Watcher], ...]] = ()
 
     def watching(self, step: Step) -> AbstractContextManager[None]:
         """Hooks on the resident block while the walk pushes one batch through it.
@@ -34,12 +39,7 @@ class Collector(Watcher):
 
     A score of the weights alone is made with (decoder, **parameters), and only `leave` is called.
     Any method but `watching` may raise `NotApplicable`: this score then ends, the others go on.
-
-    Attributes:
-        shares: the watchers it reads, handed to it in this order and called before it.
     """
-
-    shares: ClassVar[tuple[type[Watcher], ...]] = ()
 
     def leave(self, index: int) -> None:
         """See a block after its last batch, while its weights are still resident."""

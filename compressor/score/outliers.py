@@ -14,6 +14,7 @@ from compressor.decoder import Decoder
 from compressor.errors import NotApplicable
 from compressor.records import Scores
 from compressor.score.collector import Collector, Watcher
+from compressor.score.pieces import pieces
 from compressor.walk import Step
 
 
@@ -22,7 +23,7 @@ class InputNorms(Watcher):
 
     Over all tokens, divided by sqrt(N) for N windows, as the running mean over sequences in the
     code of Wanda, OWL and DLP. Linears that read one tensor share one reduction; squares are
-    summed in float32 within a batch and in float64 over batches.
+    summed in float32 over some rows and in float64 over all.
     """
 
     def __init__(self, decoder: Decoder, tokens: Tensor) -> None:
@@ -42,8 +43,9 @@ class InputNorms(Watcher):
             def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
                 x = args[0]
                 if not (seen and seen[0] is x):
-                    squares = x.reshape(-1, x.shape[-1]).float().square().sum(0)
-                    seen[:] = x, squares.double()
+                    rows = pieces(x.reshape(-1, x.shape[-1]))
+                    sums = torch.stack([each.float().square().sum(0) for each in rows])
+                    seen[:] = x, sums.sum(0, dtype=torch.float64)
                 self._squares[name] = self._squares.get(name, 0) + seen[1]
 
             return see
@@ -57,7 +59,7 @@ class InputNorms(Watcher):
                 handle.remove()
 
     def ratings(self, index: int) -> Iterator[Tensor]:
-        """A = |W| ||X|| of each linear of a resident block, (O, I) float32, one at a time.
+        """A = |W| ||X|| of each linear of a resident block, in float32, some rows at a time.
 
         Raises `NotApplicable` for a linear that the block's forward never runs.
         """
@@ -65,7 +67,8 @@ class InputNorms(Watcher):
             if name not in self._squares:
                 raise NotApplicable(f"{name} is never run by its block's forward")
             norm = (self._squares[name] / self._windows).sqrt().float()
-            yield weight_of(linear).abs().float() * norm
+            for rows in pieces(weight_of(linear)):
+                yield rows.abs().float().mul_(norm)
 
 
 class Dlp(Collector):
@@ -139,27 +142,24 @@ def mean(parts: Iterable[Tensor]) -> float:
 def median(parts: Callable[[], Iterable[Tensor]]) -> float:
     """The exact lower median of all elements of all parts, which are float32 and not negative.
 
-    Such numbers order as their bit patterns do, so two passes find it without sorting or holding
-    more than one part: the first counts upper halves, the second counts the lower halves of those
-    that share the median's upper half.
+    Such numbers order as their bit patterns do. The first pass counts the elements by their upper
+    bits (exponent and five bits of mantissa, a bin of 3 %), the second keeps the few that share
+    the median's; nothing is sorted and no more than a part is held.
     """
-    upper = sum(torch.bincount(_bits(part) >> 16, minlength=1 << 15).cpu() for part in parts())
-    assert isinstance(upper, Tensor)
-    top, rank = _holding(upper, (int(upper.sum()) - 1) // 2)
-    lower = torch.zeros(1 << 16, dtype=torch.long)
+    size = 1 << (31 - _LOWER_BITS)
+    counts = torch.zeros(size, dtype=torch.long)
     for part in parts():
-        bits = _bits(part)
-        lower += torch.bincount(bits[bits >> 16 == top] & 0xFFFF, minlength=1 << 16).cpu()
-    bottom, _ = _holding(lower, rank)
-    return float(torch.tensor(top << 16 | bottom, dtype=torch.int32).view(torch.float32))
+        counts += torch.bincount(_bits(part) >> _LOWER_BITS, minlength=size).cpu()
+    ends = counts.cumsum(0)
+    rank = (int(ends[-1]) - 1) // 2
+    upper = int(torch.searchsorted(ends, rank, right=True))
+    near = torch.cat([b[b >> _LOWER_BITS == upper] for b in map(_bits, parts())])
+    found = near.kthvalue(rank - int(ends[upper] - counts[upper]) + 1).values
+    return float(found.view(torch.float32))
+
+
+_LOWER_BITS = 18
 
 
 def _bits(part: Tensor) -> Tensor:
     return part.flatten().view(torch.int32)
-
-
-def _holding(counts: Tensor, rank: int) -> tuple[int, int]:
-    """The bin that holds the element of a rank from 0, and its rank within the bin."""
-    ends = counts.cumsum(0)
-    index = int(torch.searchsorted(ends, rank, right=True))
-    return index, rank - int(ends[index] - counts[index])

@@ -8,9 +8,8 @@ from torch import Tensor
 from compressor.decoder import Decoder
 from compressor.records import Scores
 from compressor.score.collector import Collector
+from compressor.score.stream import TINY, StreamNorms, norm
 from compressor.walk import Step
-
-_TINY = torch.finfo(torch.float32).tiny
 
 
 class Residual(Collector):
@@ -21,26 +20,24 @@ class Residual(Collector):
     blocks foretell large errors of low-bit weights (arXiv:2506.12044 section 4).
     """
 
-    def __init__(self, decoder: Decoder, tokens: Tensor) -> None:
+    shares = (StreamNorms,)
+
+    def __init__(self, decoder: Decoder, tokens: Tensor, stream: StreamNorms) -> None:
         """Prepare for tokens (N, T)."""
         depths = len(decoder.blocks) + 1
+        self._stream = stream
         self._norm, self._kurtosis, self._change = torch.zeros(3, depths, dtype=torch.float64)
         self._count = tokens.numel()
 
     def update(self, step: Step, rows: slice, x_in: Tensor, x_out: Tensor) -> None:
         """Add one batch of one block."""
-        x_in, x_out = x_in.float(), x_out.float()
         if step.index == 0:
-            self._see(0, x_in)
-        self._see(step.index + 1, x_out)
-        before, change = (torch.linalg.vector_norm(x, dim=-1) for x in (x_in, x_out - x_in))
-        self._change[step.index] += (change / before.clamp(min=_TINY)).double().sum()
-
-    def _see(self, depth: int, x: Tensor) -> None:
-        squares = (x - x.mean(-1, keepdim=True)).square_()
-        kurtosis = squares.square().mean(-1) / squares.mean(-1).square().clamp(min=_TINY)
-        self._norm[depth] += torch.linalg.vector_norm(x, dim=-1).double().sum()
-        self._kurtosis[depth] += kurtosis.double().sum()
+            self._norm[0] += self._stream.before.double().sum()
+            self._kurtosis[0] += kurtosis(x_in).double().sum()
+        self._norm[step.index + 1] += self._stream.after.double().sum()
+        self._kurtosis[step.index + 1] += kurtosis(x_out).double().sum()
+        change = norm(x_out - x_in) / self._stream.before.clamp(min=TINY)
+        self._change[step.index] += change.double().sum()
 
     def result(self) -> Scores:
         """Three rows by depth: two of L+1 numbers and one of L."""
@@ -51,3 +48,10 @@ class Residual(Collector):
         }
         rows = {name: (sums / self._count).tolist() for name, sums in depth.items()}
         return Scores(num_blocks=len(self._change) - 1, depth=rows)
+
+
+def kurtosis(x: Tensor) -> Tensor:
+    """Fourth central moment over squared variance of each state's channels, (B, T) float32."""
+    squares = (x.float() - x.mean(-1, keepdim=True, dtype=torch.float32)).square_()
+    fourth = torch.linalg.vecdot(squares, squares) / x.shape[-1]
+    return fourth / squares.mean(-1).square().clamp(min=TINY)

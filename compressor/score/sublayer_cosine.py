@@ -14,6 +14,7 @@ from compressor.decoder import Decoder, skeleton
 from compressor.errors import NotApplicable
 from compressor.records import Scores
 from compressor.score.collector import Collector, Watcher
+from compressor.score.stream import StreamNorms, cosine, norm
 from compressor.sublayers import find_sublayers
 from compressor.walk import Step
 
@@ -29,8 +30,11 @@ class BranchCosines(Watcher):
         attention, ffn: (B, T) float32, of the batch that just passed.
     """
 
-    def __init__(self, decoder: Decoder, tokens: Tensor) -> None:
+    shares = (StreamNorms,)
+
+    def __init__(self, decoder: Decoder, tokens: Tensor, stream: StreamNorms) -> None:
         """Find the branches of every block."""
+        self._stream = stream
         self._model = decoder.model
         self._branches = find_sublayers(skeleton(decoder.reader.checkpoint.folder))
         self._seen: Tensor | None = None
@@ -60,24 +64,26 @@ class BranchCosines(Watcher):
     def update(self, step: Step, rows: slice, x_in: Tensor, x_out: Tensor) -> None:
         """Turn what was seen into cosines."""
         assert self._seen is not None
-        seen = self._seen.to(x_in.device).view_as(x_in)
+        seen, self._seen = self._seen.to(x_in.device).view_as(x_in), None
         parallel = self._branches[step.index].parallel
-        self.attention, self.ffn = branch_cosines(x_in, x_out, seen, parallel=parallel)
-        self._seen = None
+        self.attention, self.ffn = branch_cosines(x_in, x_out, seen, self._stream, parallel)
 
 
 def branch_cosines(
-    x_in: Tensor, x_out: Tensor, seen: Tensor, *, parallel: bool
+    x_in: Tensor, x_out: Tensor, seen: Tensor, stream: StreamNorms, parallel: bool
 ) -> tuple[Tensor, Tensor]:
     """cos(x, x + f(x)) of attention and feed-forward, (B, T) float32.
 
-    x_in, x_out: the stream (B, T, D) around the block. seen: the stream between its branches or,
-    if both read x_in (parallel), what the attention adds.
+    x_in, x_out: the stream (B, T, D) around the block, stream: its norms. seen: the stream
+    between the branches or, if both read x_in (parallel), what the attention adds.
     """
-    x, y, seen = x_in.float(), x_out.float(), seen.float()
-    pairs = ((x, x + seen), (x, y - seen)) if parallel else ((x, seen), (seen, y))
-    attention, ffn = (torch.cosine_similarity(a, b, dim=-1) for a, b in pairs)
-    return attention, ffn
+    if parallel:
+        with_attention, with_ffn = x_in + seen, x_out - seen
+        attention = cosine(x_in, with_attention, stream.before, norm(with_attention))
+        return attention, cosine(x_in, with_ffn, stream.before, norm(with_ffn))
+    middle = norm(seen)
+    attention = cosine(x_in, seen, stream.before, middle)
+    return attention, cosine(seen, x_out, middle, stream.after)
 
 
 class SublayerCosine(Collector):

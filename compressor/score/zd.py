@@ -9,6 +9,7 @@ from compressor.blocks import weight_of
 from compressor.decoder import Decoder
 from compressor.records import Scores
 from compressor.score.collector import Collector
+from compressor.score.pieces import pieces
 
 
 class ZScoreDistribution(Collector):
@@ -27,7 +28,8 @@ class ZScoreDistribution(Collector):
 
     def leave(self, index: int) -> None:
         """Count one block's weights."""
-        weights = [weight_of(m).float() for m in self._blocks.linears(index).values()]
+        linears = self._blocks.linears(index).values()
+        weights = [rows for linear in linears for rows in pieces(weight_of(linear))]
         self._saliency[index] = -far_share(weights, two_sided=self._two_sided)
 
     def result(self) -> Scores:
@@ -38,8 +40,8 @@ class ZScoreDistribution(Collector):
 def far_share(weights: list[Tensor], *, two_sided: bool) -> float:
     """Share of all weights whose z, or |z|, is above 1; 0 when all weights are equal."""
     count = sum(w.numel() for w in weights)
-    mean = sum(float(w.sum()) for w in weights) / count
-    std = (sum(float((w - mean).square_().sum()) for w in weights) / count) ** 0.5
+    mean = sum(float(w.float().sum()) for w in weights) / count
+    std = (sum(float((w.float() - mean).square_().sum()) for w in weights) / count) ** 0.5
     far = sum(int(torch.count_nonzero(w > mean + std)) for w in weights)
     if two_sided:
         far += sum(int(torch.count_nonzero(w < mean - std)) for w in weights)
