@@ -202,17 +202,26 @@ def test_activity(pair: tuple[Run, Path]) -> None:
         assert ask(folder, "activity", alpha=alpha).block["activity"] == list(active / (N * T))
 
 
-def test_attention_rank(pair: tuple[Run, Path]) -> None:
+@pytest.mark.parametrize("length", [9, 64])
+def test_attention_rank(pair: tuple[Run, Path], length: int) -> None:
     run, folder = pair
-    found = ask(folder, "attention_rank", max_windows=3, max_tokens=9, tolerance=0.1)
+    found = ask(folder, "attention_rank", max_windows=3, max_tokens=length, tolerance=0.1)
     expected = []
     for maps in run.maps:
-        kept = maps[:3, :, :9, :9].numpy()  # causal: rows of the first 9 see only the first 9
+        kept = maps[:3, :, :length, :length].numpy()  # causal: the first tokens see no others
         np.testing.assert_allclose(kept.sum(-1), 1, atol=1e-6)
         values = np.linalg.svd(kept, compute_uv=False)
         expected.append(float((values > 0.1 * values[..., :1]).sum(-1).mean()))
     assert found.attention["attention_rank"] == pytest.approx(expected, abs=1e-12)
     assert len(set(expected)) > 1
+
+
+def test_eager_attention_ends(llama: Path) -> None:
+    decoder = Decoder(llama)
+    usual = decoder.model.config._attn_implementation
+    with decoder.eager_attention():
+        assert decoder.model.config._attn_implementation == "eager" != usual
+    assert decoder.model.config._attn_implementation == usual
 
 
 def test_residual(pair: tuple[Run, Path]) -> None:

@@ -6,15 +6,16 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from compressor.decoder import Decoder
 from compressor.records import Scores
 from compressor.score.collector import Collector
 from compressor.walk import Step, storage
 
-_CHUNK = 2**23
-"""Numbers that are compared at a time."""
+_CHUNK = 2**19
+"""Numbers that are compared at a time; few enough to stay in the cache."""
+
+_TINY = torch.finfo(torch.float64).tiny
 
 
 class AngularDistance(Collector):
@@ -49,8 +50,11 @@ class AngularDistance(Collector):
         blocks, tokens = len(states) - 1, states.shape[1]
         angles = torch.zeros(blocks + 1, blocks + 1, dtype=torch.float64)
         for chunk in states.split(max(1, _CHUNK // (len(states) * states.shape[2])), dim=1):
-            units = normalize(chunk.transpose(0, 1).double(), dim=-1)
-            angles += (units @ units.mT).clamp_(-1, 1).arccos_().sum(0)
+            x = chunk.transpose(0, 1).double()
+            dots = x @ x.mT
+            norms = dots.diagonal(dim1=1, dim2=2).sqrt().clamp_(min=_TINY)
+            cosines = dots / norms[:, :, None] / norms[:, None, :]
+            angles += cosines.clamp_(-1, 1).arccos_().sum(0)
         distances = angles / (tokens * math.pi)
         rows = [distances.diagonal(n).tolist() for n in range(1, blocks + 1)]
         return Scores(num_blocks=blocks, block={"angular_distance": rows[0]}, distances=rows)

@@ -121,7 +121,7 @@ class Owl(Collector):
         limit = self._multiple * mean(self._inputs.ratings(index))
         above = count = 0
         for ratings in self._inputs.ratings(index):
-            above += int(torch.count_nonzero(ratings > limit))
+            above += int((ratings > limit).sum())
             count += ratings.numel()
         self._saliency[index] = above / count
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-_CACHED = 2**16
+_CACHED = 2**18
 """Numbers in a piece on the CPU: fresh memory for more costs more than the arithmetic on it."""
 
 _LAUNCHED = 2**24
