@@ -259,8 +259,14 @@ def test_t7_lim_and_zd() -> None:
     assert far_share([torch.ones(4)], two_sided=True) == 0
 
 
-def test_t9_activity() -> None:
-    norms = [10.0, 14.0, 15.0, 15.5, 19.0]
+@pytest.mark.parametrize(
+    ("norms", "active"),
+    [
+        ([10.0, 14.0, 15.0, 15.5, 19.0], [1, 1, 0, 1]),
+        ([10.0, 9.0, 9.0, 9.0, 9.3], [0, 1, 0, 1]),  # a bar of 0 is reached by 0, not by -1
+    ],
+)
+def test_t9_activity(norms: list[float], active: list[int]) -> None:
     blocks: Any = SimpleNamespace(blocks=range(4))
     stream = StreamNorms(blocks, torch.zeros(1, 1))
     activity = Activity(blocks, torch.zeros(1, 1), stream, alpha=0.3)
@@ -268,7 +274,7 @@ def test_t9_activity() -> None:
         x, y = torch.tensor([[[norms[l], 0]]]), torch.tensor([[[0, norms[l + 1]]]])
         for watcher in (stream, activity):
             watcher.update(SimpleNamespace(index=l), slice(0, 1), x, y)  # type: ignore[arg-type]
-    assert activity.result().block["activity"] == [1, 1, 0, 1]
+    assert activity.result().block["activity"] == active
 
 
 @pytest.mark.parametrize("seed", range(6))
