@@ -1,6 +1,6 @@
 """What scores cost beside a bare forward over the same windows, in one process.
 
-python benchmarks/score_walk.py MODEL TEXT [--windows 8 --length 512 --repeats 3]
+python benchmarks/score_walk.py MODEL TEXT [--windows 8 --length 512 --repeats 3 --cpu]
 
 The bare forward is transformers' own, without the head, its weights already in memory; the walk
 reads every block from disk. The runs of one repetition follow each other, so that a machine that
@@ -37,6 +37,7 @@ TEN = (
     "activity",
     "residual",
 )
+USUAL = ("bare walk", "ten scores", "ten and attention_rank")
 OPTIONS: dict[str, dict[str, Any]] = {"angular_distance": {"positions": "all"}}
 
 
@@ -47,9 +48,17 @@ OPTIONS: dict[str, dict[str, Any]] = {"angular_distance": {"positions": "all"}}
 @click.option("--length", default=512, show_default=True)
 @click.option("--batch-size", default=4, show_default=True)
 @click.option("--repeats", default=3, show_default=True)
-@click.option("--weights", is_flag=True, help="Time the scores of the weights alone, too.")
+@click.option("--only", multiple=True, default=USUAL, help="What to time; may be repeated.")
+@click.option("--cpu", is_flag=True, help="Count CPU seconds, which other work disturbs less.")
 def main(
-    model: Path, text: Path, windows: int, length: int, batch_size: int, repeats: int, weights: bool
+    model: Path,
+    text: Path,
+    windows: int,
+    length: int,
+    batch_size: int,
+    repeats: int,
+    only: tuple[str, ...],
+    cpu: bool,
 ) -> None:
     """Print seconds, their spread and the ratio to the bare forward of every run."""
     tokens = cut(model, text, windows, length)
@@ -64,10 +73,10 @@ def main(
         for _ in walk(Stream(Decoder(model), tokens, batch_size)):
             pass
 
-    def scores(*names: str) -> Callable[[], None]:
+    def scores(*names: str) -> Callable[..., None]:
         asked = {name: METHODS[name].params(**OPTIONS.get(name, {})) for name in names}
 
-        def run() -> None:
+        def run(tokens: Tensor = tokens) -> None:
             found = score(model, tokens, asked, batch_size=batch_size)
             if found.unavailable:
                 raise click.ClickException(str(found.unavailable))
@@ -79,12 +88,14 @@ def main(
         "bare walk": bare_walk,
         "ten scores": scores(*TEN),
         "ten and attention_rank": scores(*TEN, "attention_rank"),
+        "zd": scores("zd"),
+        "lamp": scores("lamp"),
     }
-    if weights:
-        runs |= {name: scores(name) for name in ("zd", "lamp")}
-    seconds = interleaved(runs, repeats)
+    runs = {name: runs[name] for name in ("bare forward", *only)}
+    scores(*TEN)(tokens[:1, :64])  # imports and lazy initialisation are not the walk's
+    seconds = interleaved(runs, repeats, time.process_time if cpu else time.perf_counter)
     click.echo(f"{model}: {windows} x {length} tokens, {torch.get_num_threads()} threads")
-    click.echo(f"{'':24}{'median s':>10}{'min':>8}{'max':>8}{'ratio':>8}")
+    click.echo(f"{'CPU' if cpu else 'wall':24}{'median s':>10}{'min':>8}{'max':>8}{'ratio':>8}")
     for name, taken in seconds.items():
         ratio = statistics.median(
             a / b for a, b in zip(taken, seconds["bare forward"], strict=True)
@@ -101,14 +112,16 @@ def cut(model: Path, text: Path, windows: int, length: int) -> Tensor:
     return ids[: windows * length].view(windows, length)
 
 
-def interleaved(runs: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
+def interleaved(
+    runs: dict[str, Callable[[], None]], repeats: int, clock: Callable[[], float]
+) -> dict[str, list[float]]:
     """Seconds of every run, one after the other, `repeats` times."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
-            began = time.perf_counter()
+            began = clock()
             run()
-            seconds[name].append(time.perf_counter() - began)
+            seconds[name].append(clock() - began)
     return seconds
 
 
