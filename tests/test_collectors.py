@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity as cos
 
 from compressor.blocks import LINEAR, Blocks, hidden, weight_of
-from compressor.decoder import Decoder
+from compressor.decoder import Decoder, all_finite
 from compressor.errors import NotApplicable
 from compressor.records import Scores
-from compressor.score import METHODS
+from compressor.score import METHODS, pieces
 from compressor.score.activity import Activity
 from compressor.score.block_influence import LayerInputModification
 from compressor.score.collect import score
@@ -289,6 +289,23 @@ def test_median_is_exact(seed: int) -> None:
     everything = torch.cat([part.flatten() for part in parts])
     assert median(lambda: parts) == float(everything.median())
     assert mean(parts) == pytest.approx(float(everything.double().mean()))
+
+
+@pytest.mark.parametrize("name", ["dlp", "owl", "zd"])
+def test_matrices_in_pieces_give_the_same(
+    name: str, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = ask(llama, name).block[name]
+    monkeypatch.setattr(pieces, "_CACHED", 64)
+    assert ask(llama, name).block[name] == pytest.approx(whole, rel=1e-5)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_one_bad_number_is_found(bad: float) -> None:
+    x = torch.arange(6.0).view(2, 3)
+    assert all_finite(x)
+    x[1, 0] = bad
+    assert not all_finite(x)
 
 
 def test_cold_feed_forwards_rank_above_all_others() -> None:
