@@ -65,7 +65,7 @@ class Decoder:
                 f"{self.reader.checkpoint.folder}: {name} has shape {tuple(weight.shape)}, "
                 f"but config.json says {tuple(self._shapes[name])}"
             )
-        if not torch.isfinite(torch.stack(weight.aminmax())).all():  # reads once, writes nothing
+        if not all_finite(weight):
             raise CheckpointError(
                 f"{self.reader.checkpoint.folder}: {name} holds NaN or infinity; "
                 "the checkpoint is damaged, fetch it again"
@@ -170,6 +170,11 @@ class Decoder:
         finally:
             for block in self.blocks:
                 block.__dict__.pop("forward", None)
+
+
+def all_finite(x: Tensor) -> bool:
+    """Whether no element is NaN or infinite; reads x once and makes no mask of its size."""
+    return bool(torch.isfinite(torch.stack(x.aminmax())).all())
 
 
 def skeleton(folder: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -146,6 +146,15 @@ def _print_last(stage: dict[str, Any], to: Console) -> None:
     """What a verb that ran alone has to say: its figures and its folder."""
     figures = {"seconds": stage["seconds"], "peak": table.size(stage["peak_bytes"])}
     for name, value in {**stage["metrics"], **figures}.items():
-        shown = f"{value:.4g}" if isinstance(value, float) else str(value)
-        to.print(f"{name}: {shown}", highlight=False)
+        lines = value if isinstance(value, dict) else {}
+        to.print(f"{name}: {'' if lines else _shown(value)}".rstrip(), highlight=False)
+        width = max(map(len, lines), default=0)
+        for part, each in lines.items():
+            to.print(f"  {part:{width}}  {_shown(each)}", highlight=False)
     to.print(f"folder: {stage['folder']}", highlight=False, soft_wrap=True)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

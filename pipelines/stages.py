@@ -75,7 +75,18 @@ def score(job: Job) -> dict[str, Any]:
         batch_size=job.config.head.batch_size,
     )
     scores.save(job.out / SCORES)
-    return {"methods": sorted(job.stage.methods), "blocks": scores.num_blocks}
+    figures: dict[str, Any] = {"blocks": scores.num_blocks, "lowest": _lowest(scores)}
+    return figures | ({"unavailable": scores.unavailable} if scores.unavailable else {})
+
+
+def _lowest(scores: Scores, count: int = 8) -> dict[str, list[int]]:
+    """What each score would give up first, the first foremost."""
+    tables = {"block": scores.block, "attention": scores.attention, "ffn": scores.ffn}
+    return {
+        f"{kind} by {name}": sorted(range(len(values)), key=values.__getitem__)[:count]
+        for kind, table in tables.items()
+        for name, values in table.items()
+    }
 
 
 def select(job: Job) -> dict[str, Any]:

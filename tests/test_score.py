@@ -17,22 +17,24 @@ from compressor.decoder import Decoder
 from compressor.errors import CompressError
 from compressor.magnitude import ascending_scores
 from compressor.methods import Params
+from compressor.records import Scores
 from compressor.score import (
+    METHODS,
     AngularDistanceParams,
     BlockInfluenceParams,
     LampParams,
     LayerContributionParams,
+    layer_contribution,
 )
-from compressor.score import collect as collect_module
 from compressor.score.angular_distance import AngularDistance
 from compressor.score.block_influence import BlockInfluence
 from compressor.score.collect import score
+from compressor.score.collector import Collector
 from compressor.score.layer_contribution import divergence
 from tests.tiny import save_tiny, tokens
 
 WINDOWS = tokens(5, 12)
 L = 4
-ONE_BLOCK: Any = SimpleNamespace(blocks=range(1))
 
 
 @pytest.fixture(scope="module")
@@ -85,17 +87,15 @@ def test_block_influence_is_the_papers(model: tuple[Any, Path]) -> None:
         assert found[i] == pytest.approx(1 - np.mean(cosines), abs=1e-6)
 
 
-class _Step:
-    """As much of a walk's step as a collector looks at."""
-
-    def __init__(self, index: int) -> None:
-        self.index = index
-
-
-def through(collector: Any, x: list[list[float]], y: list[list[float]]) -> Any:
-    """One block that maps the tokens x to y, one window each."""
-    before, after = torch.tensor(x)[:, None], torch.tensor(y)[:, None]
-    collector.update(_Step(0), slice(0, len(x)), before, after)
+def one_block(kind: type[Collector], x: Tensor, y: Tensor, **params: Any) -> Scores:
+    """The score of a model of one block that maps the states x (N, 1, D) to y."""
+    decoder: Any = SimpleNamespace(blocks=range(1))
+    step: Any = SimpleNamespace(index=0)
+    tokens = torch.zeros(x.shape[:2])
+    shared = [watcher(decoder, tokens) for watcher in kind.shares]  # type: ignore[call-arg]
+    collector = kind(decoder, tokens, *shared, **params)  # type: ignore[call-arg]
+    for each in (*shared, collector):
+        each.update(step, slice(0, len(x)), x, y)
     return collector.result()
 
 
@@ -109,15 +109,15 @@ def through(collector: Any, x: list[list[float]], y: list[list[float]]) -> Any:
     ],
 )
 def test_t2_angular_distance(x: list[float], y: list[float], expected: float) -> None:
-    collector = AngularDistance(ONE_BLOCK, torch.zeros(1, 1), positions="last")
-    assert through(collector, [x], [y]).distances == [[pytest.approx(expected, abs=1e-6)]]
+    found = one_block(AngularDistance, torch.tensor([[x]]), torch.tensor([[y]]), positions="last")
+    assert found.distances == [[pytest.approx(expected, abs=1e-6)]]
 
 
 def test_t3_block_influence_and_mean_angle() -> None:
-    x, y = [[1.0, 0], [1.0, 1]], [[1.0, 1], [1.0, 2]]
-    influence = through(BlockInfluence(ONE_BLOCK, torch.zeros(2, 1)), x, y)
+    x, y = torch.tensor([[[1.0, 0]], [[1, 1]]]), torch.tensor([[[1.0, 1]], [[1, 2]]])
+    influence = one_block(BlockInfluence, x, y)
     assert influence.block["block_influence"] == [pytest.approx(0.172105, abs=1e-6)]
-    distance = through(AngularDistance(ONE_BLOCK, torch.zeros(2, 1), positions="all"), x, y)
+    distance = one_block(AngularDistance, x, y, positions="all")
     assert distance.distances == [[pytest.approx(0.176208, abs=1e-6)]]
 
 
@@ -211,26 +211,24 @@ def test_all_scores_share_one_walk(
     assert len(calls) == L * 3 + L * (L - 1) // 2
 
 
-@pytest.mark.parametrize(
-    ("name", "params", "block"),
-    [
-        ("angular_distance", AngularDistanceParams(), 2),
-        ("block_influence", BlockInfluenceParams(), 2),
-        ("layer_contribution", LayerContributionParams(), 0),
-    ],
-)
-def test_nan_is_named_by_block(
-    name: str,
-    params: Params,
-    block: int,
-    model: tuple[Any, Path],
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("name", ["block_influence", "dlp", "attention_rank"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_overflow_is_named_by_block(
+    name: str, bad: float, model: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Block 2 overflows; bypassing block 0 is the first comparison that shows it."""
+    run = Decoder.run
 
     def overflow(self: Decoder, index: int, x: Tensor) -> Tensor:
-        return x * torch.nan if index == 2 else x + 1
+        return run(self, index, x) * (bad if index == 2 else 1)
 
-    monkeypatch.setattr(collect_module.Decoder, "run", overflow)
-    with pytest.raises(CompressError, match=f"{name} of block {block} is nan"):
-        ask(model[1], name, params)
+    monkeypatch.setattr(Decoder, "run", overflow)
+    with pytest.raises(CompressError, match=r"the output of block 2 is not finite; .*float32"):
+        ask(model[1], name, METHODS[name].params())
+
+
+def test_a_score_that_is_not_finite_is_named_by_part(
+    model: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layer_contribution, "divergence", lambda p, q: torch.nan)
+    with pytest.raises(CompressError, match=r"layer_contribution of block 0 is nan; .*float32"):
+        ask(model[1], "layer_contribution", LayerContributionParams())

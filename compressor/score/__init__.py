@@ -8,6 +8,8 @@ from pydantic import Field
 
 from compressor.methods import Method, Params
 
+_MAX_WINDOWS = "calibration windows to use at most"
+
 
 class AngularDistanceParams(Params):
     """Parameters of the angular distance."""
@@ -28,30 +30,91 @@ class LampParams(Params):
 class LayerContributionParams(Params):
     """Parameters of the layer contribution."""
 
-    max_windows: int = Field(
-        4, gt=0, description="calibration windows to use at most; costs (L+1)/2 forwards"
-    )
+    max_windows: int = Field(4, gt=0, description=_MAX_WINDOWS)
     positions: Literal["last", "all"] = Field("all", description="tokens whose outputs count")
     direction: Literal["full_skip", "skip_full"] = Field(
         "full_skip", description="KL(full || skipped) or KL(skipped || full)"
     )
 
 
+class SublayerCosineParams(Params):
+    """The sublayer cosine has no parameters."""
+
+
+class FfnSaturationParams(Params):
+    """Parameters of the FFN saturation."""
+
+    threshold: float = Field(
+        0.9, gt=-1, lt=1, description="mean cosine below which leading and trailing FFNs are cold"
+    )
+    warm_up: int = Field(25, ge=0, description="first tokens of each window that do not count")
+
+
+class LimParams(Params):
+    """Parameters of the layer input modification."""
+
+    cosine: Literal["token", "window"] = Field(
+        "token", description="of each token's state, or of all states of a window as one vector"
+    )
+
+
+class ZdParams(Params):
+    """Parameters of the z-score distribution."""
+
+    sides: Literal["one", "two"] = Field("one", description="count z > 1, or |z| > 1")
+
+
+class DlpParams(Params):
+    """Parameters of DLP."""
+
+    statistic: Literal["median", "mean"] = Field(
+        "median", description="of weight times input norm; the authors' code takes the mean"
+    )
+
+
+class OwlParams(Params):
+    """Parameters of OWL."""
+
+    multiple: float = Field(5.0, gt=0, description="outliers exceed this multiple of the mean (M)")
+
+
+class ActivityParams(Params):
+    """Parameters of the L2 activity."""
+
+    alpha: float = Field(0.8, ge=0, description="share of the span of earlier changes to exceed")
+
+
+class AttentionRankParams(Params):
+    """Parameters of the attention rank."""
+
+    max_windows: int = Field(4, gt=0, description=_MAX_WINDOWS)
+    max_tokens: int = Field(128, gt=0, description="tokens of each to use; the cost is cubic in it")
+    tolerance: float = Field(
+        0.01, gt=0, lt=1, description="singular values count above this share of the largest"
+    )
+
+
+class ResidualParams(Params):
+    """The diagnostics of the residual stream have no parameters."""
+
+
+_SHARED = "1 forward, shared"
 METHODS = {
     "angular_distance": Method(
         "compressor.score.angular_distance:AngularDistance",
         AngularDistanceParams,
         "angle between the residual stream before and after every run of n blocks",
         "arXiv:2403.17887 section 3.2",
-        "1 forward, shared",
+        _SHARED,
         ("calibration",),
+        version=2,
     ),
     "block_influence": Method(
         "compressor.score.block_influence:BlockInfluence",
         BlockInfluenceParams,
         "1 - mean cosine between a block's input and output",
         "arXiv:2403.03853 section 3.1",
-        "1 forward, shared",
+        _SHARED,
         ("calibration",),
     ),
     "layer_contribution": Method(
@@ -68,5 +131,76 @@ METHODS = {
         "share of a block's weights that survive a global LAMP threshold",
         "Lee et al., ICLR 2021, arXiv:2010.07611 section 3",
         "weights only",
+    ),
+    "sublayer_cosine": Method(
+        "compressor.score.sublayer_cosine:SublayerCosine",
+        SublayerCosineParams,
+        "1 - mean cosine across each attention and each FFN, residual included",
+        "LLM-Drop, arXiv:2406.15786",
+        _SHARED,
+        ("calibration",),
+    ),
+    "ffn_saturation": Method(
+        "compressor.score.sublayer_cosine:FfnSaturation",
+        FfnSaturationParams,
+        "1 - mean cosine across each FFN behind a warm-up; cold first and last FFNs go last",
+        "FFN-SkipLLM made static, arXiv:2404.03865",
+        _SHARED,
+        ("calibration",),
+    ),
+    "lim": Method(
+        "compressor.score.block_influence:LayerInputModification",
+        LimParams,
+        "minus the cosine between a block's input and output",
+        "arXiv:2406.17415 section 3",
+        _SHARED,
+        ("calibration",),
+    ),
+    "zd": Method(
+        "compressor.score.zd:ZScoreDistribution",
+        ZdParams,
+        "minus the share of a block's weights more than one deviation above their mean",
+        "arXiv:2406.17415 section 3",
+        "weights only",
+    ),
+    "dlp": Method(
+        "compressor.score.outliers:Dlp",
+        DlpParams,
+        "minus the median of weight times input norm over a block's linears",
+        "arXiv:2505.23807",
+        _SHARED,
+        ("calibration",),
+    ),
+    "owl": Method(
+        "compressor.score.outliers:Owl",
+        OwlParams,
+        "share of a block's weight times input norm far above their mean",
+        "arXiv:2310.05175 section 3",
+        _SHARED,
+        ("calibration",),
+    ),
+    "activity": Method(
+        "compressor.score.activity:Activity",
+        ActivityParams,
+        "share of tokens whose residual stream a block lengthens as earlier blocks do",
+        "Void in Language Models, made static, arXiv:2505.14467",
+        _SHARED,
+        ("calibration",),
+    ),
+    "attention_rank": Method(
+        "compressor.score.attention_rank:AttentionRank",
+        AttentionRankParams,
+        "mean numerical rank of the attention maps",
+        "gamma-MoD, arXiv:2410.13859",
+        "1 forward, shared; attention again on max_windows x max_tokens",
+        ("calibration",),
+    ),
+    "residual": Method(
+        "compressor.score.residual:Residual",
+        ResidualParams,
+        "norm, kurtosis and relative change of the residual stream by depth; no saliency",
+        "arXiv:2506.12044",
+        _SHARED,
+        ("calibration",),
     ),
 }

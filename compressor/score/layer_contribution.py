@@ -8,10 +8,11 @@ from torch.nn.functional import kl_div, log_softmax
 
 from compressor.decoder import Decoder
 from compressor.records import Scores
+from compressor.score.collector import Collector
 from compressor.walk import Step, Stream, storage
 
 
-class LayerContribution:
+class LayerContribution(Collector):
     """LC_i = KL(p || p_without_i) in nats per token (ShortV, ICCV 2025, for text models).
 
     All L leave-one-out models are walked at once: stream i is born as block i's input (the
