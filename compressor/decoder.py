@@ -110,6 +110,10 @@ class Decoder:
     @torch.no_grad()
     def logits(self, x: Tensor) -> Tensor:
         """Logits (B, T, V) in float32 from the residual stream after the last block."""
+        return self.head(x)
+
+    def head(self, x: Tensor) -> Tensor:
+        """As `logits`, keeping the gradient with respect to x."""
         first = True
 
         def inject(own: Tensor, *_: Any, **__: Any) -> Tensor:

@@ -25,7 +25,7 @@ LAYERS = (
     {"blocks", "dense"},
     {"decoder"},
     {"walk", "model", "text", "sublayers"},
-    {"trial"},
+    {"trial", "backward"},
 )
 """Modules of the library from the ground up; a module imports from lower layers only."""
 

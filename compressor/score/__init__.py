@@ -25,16 +25,35 @@ class LampParams(Params):
     sparsity: float = Field(0.5, gt=0, lt=1, description="global share of weights to remove")
 
 
+_WINDOWS = "calibration windows to use at most"
+
+
 class LayerContributionParams(Params):
     """Parameters of the layer contribution."""
 
-    max_windows: int = Field(
-        4, gt=0, description="calibration windows to use at most; costs (L+1)/2 forwards"
+    max_windows: int = Field(4, gt=0, description=_WINDOWS)
+    positions: Literal["last", "alternate", "all"] = Field(
+        "alternate",
+        description="tokens whose outputs count: last of a window, every second, or all",
     )
-    positions: Literal["last", "all"] = Field("all", description="tokens whose outputs count")
     direction: Literal["full_skip", "skip_full"] = Field(
         "full_skip", description="KL(full || skipped) or KL(skipped || full)"
     )
+
+
+class PerplexityParams(Params):
+    """Parameters of the leave-one-out perplexity."""
+
+    max_windows: int = Field(4, gt=0, description=_WINDOWS)
+    positions: Literal["alternate", "all"] = Field(
+        "alternate", description="tokens whose next one is predicted: every second, or all"
+    )
+
+
+class TaylorParams(Params):
+    """Parameters of the Taylor score."""
+
+    max_windows: int = Field(10, gt=0, description=_WINDOWS)
 
 
 METHODS = {
@@ -59,7 +78,24 @@ METHODS = {
         LayerContributionParams,
         "KL divergence of the output distribution when one block is bypassed",
         "ShortV (ICCV 2025), here for every token of a text model",
-        "(L+1)/2 forwards, blocks loaded once",
+        "(L+1)/2 forwards, blocks loaded once; positions=all: the head twice as often",
+        ("calibration",),
+        version=2,
+    ),
+    "perplexity": Method(
+        "compressor.score.perplexity:Perplexity",
+        PerplexityParams,
+        "loss that one block's absence adds, in nats per token",
+        "Shortened LLaMA, arXiv:2402.02834 section 3.2",
+        "(L+1)/2 forwards, shared with layer_contribution",
+        ("calibration",),
+    ),
+    "taylor": Method(
+        "compressor.score.taylor:Taylor",
+        TaylorParams,
+        "first-order change of the loss when a block's weights go to zero",
+        "Shortened LLaMA, arXiv:2402.02834 section 3.2",
+        "1 forward, shared, then about 3 on the way back; blocks loaded twice",
         ("calibration",),
     ),
     "lamp": Method(

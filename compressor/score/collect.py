@@ -15,6 +15,7 @@ from compressor.errors import CompressError, NotApplicable
 from compressor.methods import Params
 from compressor.records import Scores
 from compressor.score import METHODS
+from compressor.score.leave_one_out import LeaveOneOut, share_streams
 from compressor.walk import Step, Stream, walk
 
 _TABLES = ("block", "attention", "ffn", "linear", "depth")
@@ -47,7 +48,7 @@ def score(
     """
     decoder = Decoder(folder, device)
     results: list[Scores] = []
-    collectors: list[Collector] = []
+    collectors: list[Collector | LeaveOneOut] = []
     unavailable: dict[str, str] = {}
     for name, params in methods.items():
         row = METHODS[name]
@@ -60,11 +61,12 @@ def score(
             continue
         (collectors if inspect.isclass(make) else results).append(made)
     if collectors and tokens is not None:
+        watching = share_streams(collectors, decoder, tokens)
         for step in walk(Stream(decoder, tokens, batch_size), "score"):
             for rows, x_in, x_out in step.advance():
-                for collector in collectors:
+                for collector in watching:
                     collector.update(step, rows, x_in, x_out)
-        results += [collector.result() for collector in collectors]
+        results += [collector.result() for collector in watching]
     if not results:
         raise NotApplicable("; ".join(f"{name}: {why}" for name, why in unavailable.items()))
     return _merged(results, unavailable)
