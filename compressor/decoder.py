@@ -39,7 +39,7 @@ class Decoder:
         self.reader = DenseReader(folder)
         self.device = torch.device(device)
         self.dtype = torch.float32 if self.device.type == "cpu" else self.reader.checkpoint.dtype
-        self.model = skeleton(folder, self.dtype)
+        self.model = skeleton(folder, self.dtype).requires_grad_(False)
         self.blocks = Blocks(self.model)
         self._calls: dict[int, list[Call]] = {}
         self._load_shell()

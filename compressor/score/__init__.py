@@ -56,6 +56,15 @@ class TaylorParams(Params):
     max_windows: int = Field(10, gt=0, description=_WINDOWS)
 
 
+class RelevanceParams(Params):
+    """Parameters of the layer-wise relevance."""
+
+    max_windows: int = Field(10, gt=0, description=_WINDOWS)
+    positions: Literal["last", "all"] = Field(
+        "last", description="tokens whose prediction is explained: last of a window, or all"
+    )
+
+
 METHODS = {
     "angular_distance": Method(
         "compressor.score.angular_distance:AngularDistance",
@@ -96,6 +105,14 @@ METHODS = {
         "first-order change of the loss when a block's weights go to zero",
         "Shortened LLaMA, arXiv:2402.02834 section 3.2",
         "1 forward, shared, then about 3 on the way back; blocks loaded twice",
+        ("calibration",),
+    ),
+    "relevance": Method(
+        "compressor.score.relevance:Relevance",
+        RelevanceParams,
+        "share of a prediction that passes through each block, sublayer and linear",
+        "AttnLRP, arXiv:2402.05602; as a layer's weight: LRP-QViT",
+        "1 forward, shared, then about 2 on the way back; blocks loaded twice",
         ("calibration",),
     ),
     "lamp": Method(
