@@ -31,8 +31,11 @@ _PRODUCTS = {"mul": (0, 1), "matmul": (0, 1), "bmm": (0, 1), "baddbmm": (1, 2)}
 """Functions whose two factors, by place, share the relevance."""
 
 _ATTENTION = ("matmul", "bmm", "baddbmm")
-_UNRULED = ("sigmoid", "tanh", "exp", "rsqrt", "silu", "gelu", "relu", "softplus", "einsum", "mul_")
-"""Functions that change the relevance in a way no rule here covers."""
+_UNRULED = {
+    **dict.fromkeys(("sigmoid", "tanh", "exp", "rsqrt", "silu", "gelu", "relu", "softplus"), 1),
+    **dict.fromkeys(("mul_", "div", "einsum"), 2),
+}
+"""Functions no rule covers once so many of their arguments carry relevance."""
 
 
 @contextmanager
@@ -83,8 +86,8 @@ def identity(function: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
     Exact for RMSNorm too, whose output is z times something that the rule holds constant.
     z = 0 has no relevance to pass on, so its gradient is 0.
     """
-    value = function(z.detach())
-    return z * torch.where(z == 0, 0, value / z).detach()
+    bare = z.detach()
+    return z * torch.where(bare == 0, 0, function(bare).detach() / bare)
 
 
 def layer_norm(module: nn.LayerNorm, x: Tensor) -> Tensor:
@@ -123,7 +126,7 @@ class Products(TorchFunctionMode):
                 self.attention += name in _ATTENTION
                 for place in places:
                     given[place] = _scale(args[place], 0.5)
-        elif name in _UNRULED and any(map(_carries, args)):
+        elif name in _UNRULED and sum(map(_carries, args)) >= _UNRULED[name]:
             raise NotApplicable(
                 f"{self._path or 'the output'} computes {name} outside a module, "
                 "for which there is no relevance rule"
