@@ -66,16 +66,16 @@ def _leaf(
     name: str, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
     """A module without children, by the rule of its type."""
-    kind = type(module)
-    if isinstance(module, nn.Dropout | nn.Identity) or not any(map(_carries, args)):
+    given = (*args, *kwargs.values())
+    if isinstance(module, nn.Dropout | nn.Identity) or not any(map(_carries, given)):
         return forward(*args, **kwargs)
-    if kind is nn.LayerNorm:
-        assert isinstance(module, nn.LayerNorm)
-        return layer_norm(module, args[0])
-    if kind.__name__ in ACTIVATIONS or kind.__name__.endswith("RMSNorm"):
-        return identity(forward, args[0])
+    kind = type(module).__name__
+    if type(module) is nn.LayerNorm:
+        return layer_norm(module, given[0])
+    if len(given) == 1 and (kind in ACTIVATIONS or kind.endswith("RMSNorm")):
+        return identity(forward, given[0])
     raise NotApplicable(
-        f"{name} is a {kind.__name__}, for which there is no relevance rule; there are rules for "
+        f"{name} is a {kind}, for which there is no relevance rule; there are rules for "
         f"LayerNorm, RMSNorm and the activations {', '.join(ACTIVATIONS)}"
     )
 
