@@ -15,7 +15,7 @@ from compressor.errors import CompressError, NotApplicable
 from compressor.methods import Params
 from compressor.records import Scores
 from compressor.score import METHODS
-from compressor.score.leave_one_out import LeaveOneOut, share_streams
+from compressor.score.leave_one_out import Bypass
 from compressor.walk import Step, Stream, walk
 
 _TABLES = ("block", "attention", "ffn", "linear", "depth")
@@ -48,12 +48,16 @@ def score(
     """
     decoder = Decoder(folder, device)
     results: list[Scores] = []
-    collectors: list[Collector | LeaveOneOut] = []
+    collectors: list[Collector] = []
+    shared: dict[type[Bypass], Bypass] = {}
     unavailable: dict[str, str] = {}
     for name, params in methods.items():
         row = METHODS[name]
         make = row.load()
-        inputs = (decoder, tokens) if row.needs else (decoder,)
+        inputs: tuple[Any, ...] = (decoder, tokens) if row.needs else (decoder,)
+        for kind in getattr(make, "shares", ()):
+            shared.setdefault(kind, kind(decoder, tokens))
+            inputs = (*inputs, shared[kind])
         try:
             made = make(*inputs, **dict(params))
         except NotApplicable as error:
@@ -61,12 +65,12 @@ def score(
             continue
         (collectors if inspect.isclass(make) else results).append(made)
     if collectors and tokens is not None:
-        watching = share_streams(collectors, decoder, tokens)
+        watching: list[Bypass | Collector] = [*shared.values(), *collectors]
         for step in walk(Stream(decoder, tokens, batch_size), "score"):
             for rows, x_in, x_out in step.advance():
-                for collector in watching:
-                    collector.update(step, rows, x_in, x_out)
-        results += [collector.result() for collector in watching]
+                for watcher in watching:
+                    watcher.update(step, rows, x_in, x_out)
+        results += [collector.result() for collector in collectors]
     if not results:
         raise NotApplicable("; ".join(f"{name}: {why}" for name, why in unavailable.items()))
     return _merged(results, unavailable)

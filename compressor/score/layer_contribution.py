@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from compressor.decoder import Decoder
-from compressor.score.leave_one_out import LeaveOneOut
+from compressor.score.leave_one_out import Bypass, LeaveOneOut
 
 
 class LayerContribution(LeaveOneOut):
@@ -19,10 +19,17 @@ class LayerContribution(LeaveOneOut):
     name = "layer_contribution"
 
     def __init__(
-        self, decoder: Decoder, tokens: Tensor, *, max_windows: int, positions: str, direction: str
+        self,
+        decoder: Decoder,
+        tokens: Tensor,
+        bypass: Bypass,
+        *,
+        max_windows: int,
+        positions: str,
+        direction: str,
     ) -> None:
         """Prepare for the first `max_windows` of tokens (N, T)."""
-        super().__init__(tokens, max_windows, positions)
+        super().__init__(bypass, tokens, max_windows, positions)
         self._full_skip = direction == "full_skip"
 
     def compare(self, full: Tensor, skip: Tensor, following: Tensor) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from compressor.decoder import Decoder
-from compressor.score.leave_one_out import LeaveOneOut
+from compressor.score.leave_one_out import Bypass, LeaveOneOut
 
 
 class Perplexity(LeaveOneOut):
@@ -18,10 +18,16 @@ class Perplexity(LeaveOneOut):
     name = "perplexity"
 
     def __init__(
-        self, decoder: Decoder, tokens: Tensor, *, max_windows: int, positions: str
+        self,
+        decoder: Decoder,
+        tokens: Tensor,
+        bypass: Bypass,
+        *,
+        max_windows: int,
+        positions: str,
     ) -> None:
         """Prepare for the first `max_windows` of tokens (N, T)."""
-        super().__init__(tokens, max_windows, positions)
+        super().__init__(bypass, tokens, max_windows, positions)
         self.wanted[:, -1] = False  # what follows a window's last token is not known
 
     def compare(self, full: Tensor, skip: Tensor, following: Tensor) -> float:
