@@ -211,6 +211,10 @@ def test_every_family_has_it(family: str, tmp_path: Path) -> None:
     assert sum(found.linear["relevance"].values()) == pytest.approx(1)
     assert sum(found.block["relevance"]) == pytest.approx(1)
     assert min(found.linear["relevance"].values()) > 0
+    last = [list(Blocks(model).ffn_linears(i))[-1] for i in range(4)]  # makes the branch's output
+    ffn, made = found.ffn["relevance"], [found.linear["relevance"][name] for name in last]
+    shares = [value / sum(made) for value in made]
+    assert [value / sum(ffn) for value in ffn] == pytest.approx(shares, rel=1e-4)
     assert found.block["relevance"] == pytest.approx(again.block["relevance"], rel=1e-3)
 
 
