@@ -42,7 +42,7 @@ class Decoder:
         self.reader = DenseReader(folder)
         self.device = torch.device(device)
         self.dtype = torch.float32 if self.device.type == "cpu" else self.reader.checkpoint.dtype
-        self.model = skeleton(folder, self.dtype)
+        self.model = skeleton(folder, self.dtype).requires_grad_(False)
         self.blocks = Blocks(self.model)
         self._shapes = {name: each.shape for name, each in self.model.state_dict().items()}
         self._calls: dict[tuple[str, int, int], list[Call]] = {}
@@ -136,16 +136,21 @@ class Decoder:
         finally:
             model.set_attn_implementation(usual)
 
+    @torch.no_grad()
     def logits(self, x: Tensor) -> Tensor:
         """Logits (B, T, V) in float32 from the residual stream after the last block."""
+        return self.head(x)
+
+    def head(self, x: Tensor) -> Tensor:
+        """As `logits`, keeping the gradient with respect to x."""
         return self._behind(self.model, x).logits.float()  # type: ignore[no-any-return]
 
+    @torch.no_grad()
     def normed(self, x: Tensor) -> Tensor:
         """What the head reads, (B, T, D) in float32: the stream behind the final norm."""
         decoder: Any = self.model.get_decoder()  # type: ignore[operator]
         return self._behind(decoder, x).last_hidden_state.float()  # type: ignore[no-any-return]
 
-    @torch.no_grad()
     def _behind(self, model: Any, x: Tensor) -> Any:
         """The output of `model` when its last block returns `x`."""
         first = True

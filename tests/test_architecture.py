@@ -26,7 +26,7 @@ LAYERS = (
     {"decoder"},
     {"walk", "model", "text", "sublayers", "magnitude"},
     {"cut", "inputs"},
-    {"trial"},
+    {"trial", "backward"},
 )
 """Modules of the library from the ground up; a module imports from lower layers only."""
 

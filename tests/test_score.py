@@ -161,27 +161,6 @@ def test_lamp_density_is_that_of_one_global_sort(model: tuple[Any, Path], sparsi
     assert found == expected
 
 
-@pytest.mark.parametrize("direction", ["full_skip", "skip_full"])
-@pytest.mark.parametrize("positions", ["last", "all"])
-@pytest.mark.parametrize("count", [1, 3, 9])
-def test_layer_contribution_is_bypassing_one_by_one(
-    model: tuple[Any, Path], direction: str, positions: str, count: int
-) -> None:
-    params = LayerContributionParams(max_windows=count, direction=direction, positions=positions)
-    found = ask(model[1], "layer_contribution", params).block["layer_contribution"]
-    used = WINDOWS[:count]
-    with torch.no_grad():
-        full = model[0](used).logits.double().log_softmax(-1)
-        for i, block in enumerate(model[0].model.layers):
-            block.forward = lambda x, **_: x
-            skip = model[0](used).logits.double().log_softmax(-1)
-            del block.forward
-            p, q = (full, skip) if direction == "full_skip" else (skip, full)
-            kl = (p.exp() * (p - q)).sum(-1)
-            kl = kl[:, -1:] if positions == "last" else kl
-            assert found[i] == pytest.approx(float(kl.mean()), rel=1e-4)
-
-
 def test_all_scores_share_one_walk(
     model: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

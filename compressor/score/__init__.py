@@ -8,7 +8,7 @@ from pydantic import Field
 
 from compressor.methods import Method, Params
 
-_MAX_WINDOWS = "calibration windows to use at most"
+_WINDOWS = "calibration windows to use at most"
 
 
 class AngularDistanceParams(Params):
@@ -30,8 +30,11 @@ class LampParams(Params):
 class LayerContributionParams(Params):
     """Parameters of the layer contribution."""
 
-    max_windows: int = Field(4, gt=0, description=_MAX_WINDOWS)
-    positions: Literal["last", "all"] = Field("all", description="tokens whose outputs count")
+    max_windows: int = Field(4, gt=0, description=_WINDOWS)
+    positions: Literal["last", "alternate", "all"] = Field(
+        "alternate",
+        description="tokens whose outputs count: last of a window, every second, or all",
+    )
     direction: Literal["full_skip", "skip_full"] = Field(
         "full_skip", description="KL(full || skipped) or KL(skipped || full)"
     )
@@ -87,7 +90,7 @@ class ActivityParams(Params):
 class AttentionRankParams(Params):
     """Parameters of the attention rank."""
 
-    max_windows: int = Field(4, gt=0, description=_MAX_WINDOWS)
+    max_windows: int = Field(4, gt=0, description=_WINDOWS)
     max_tokens: int = Field(128, gt=0, description="tokens of each to use; the cost is cubic in it")
     tolerance: float = Field(
         0.01, gt=0, lt=1, description="singular values count above this share of the largest"
@@ -99,6 +102,32 @@ class ResidualParams(Params):
 
 
 _SHARED = "1 forward, shared"
+
+
+class PerplexityParams(Params):
+    """Parameters of the leave-one-out perplexity."""
+
+    max_windows: int = Field(4, gt=0, description=_WINDOWS)
+    positions: Literal["alternate", "all"] = Field(
+        "alternate", description="tokens whose next one is predicted: every second, or all"
+    )
+
+
+class TaylorParams(Params):
+    """Parameters of the Taylor score."""
+
+    max_windows: int = Field(10, gt=0, description=_WINDOWS)
+
+
+class RelevanceParams(Params):
+    """Parameters of the layer-wise relevance."""
+
+    max_windows: int = Field(10, gt=0, description=_WINDOWS)
+    positions: Literal["last", "all"] = Field(
+        "last", description="tokens whose prediction is explained: last of a window, or all"
+    )
+
+
 METHODS = {
     "angular_distance": Method(
         "compressor.score.angular_distance:AngularDistance",
@@ -122,7 +151,32 @@ METHODS = {
         LayerContributionParams,
         "KL divergence of the output distribution when one block is bypassed",
         "ShortV (ICCV 2025), here for every token of a text model",
-        "(L+1)/2 forwards, blocks loaded once",
+        "(L+1)/2 forwards, blocks loaded once; positions=all: the head twice as often",
+        ("calibration",),
+        version=2,
+    ),
+    "perplexity": Method(
+        "compressor.score.perplexity:Perplexity",
+        PerplexityParams,
+        "loss that one block's absence adds, in nats per token",
+        "Shortened LLaMA, arXiv:2402.02834 section 3.2",
+        "(L+1)/2 forwards, shared with layer_contribution",
+        ("calibration",),
+    ),
+    "taylor": Method(
+        "compressor.score.taylor:Taylor",
+        TaylorParams,
+        "first-order change of the loss when a block's weights go to zero",
+        "Shortened LLaMA, arXiv:2402.02834 section 3.2",
+        "1 forward, shared, then about 3 on the way back; blocks loaded twice",
+        ("calibration",),
+    ),
+    "relevance": Method(
+        "compressor.score.relevance:Relevance",
+        RelevanceParams,
+        "share of a prediction that passes through each block, sublayer and linear",
+        "AttnLRP, arXiv:2402.05602; as a layer's weight: LRP-QViT",
+        "1 forward, shared, then about 2 on the way back; blocks loaded twice",
         ("calibration",),
     ),
     "lamp": Method(
