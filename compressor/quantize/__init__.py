@@ -8,14 +8,15 @@ from pydantic import Field
 
 from compressor.methods import Method, Params
 
-Bits = Literal[2, 3, 4, 8]
+Bits = Literal[2, 3, 4, 5, 6, 8]
 
 
 class RtnParams(Params):
     """Parameters of round-to-nearest."""
 
     bits: Bits = Field(4, description="bits per weight")
-    group_size: int = Field(128, gt=0, description="inputs that share a scale")
+    group_size: int = Field(128, ge=0, description="inputs that share a scale; 0: whole rows")
+    symmetric: bool = Field(True, description="no zero points, which every reader loads")
     search: bool = Field(True, description="shrink each scale to the least squared error")
 
 

@@ -50,7 +50,7 @@ def quantize(
     decoder = Decoder(source, device)
     _check_widths(decoder, params.group_size)
     dtype = decoder.reader.checkpoint.dtype
-    grid = Grid(params.bits, params.group_size, dtype, params.search)
+    grid = Grid(params.bits, params.group_size, dtype, params.search, params.symmetric)
     extra = {k: v for k, v in dict(params).items() if k not in RtnParams.model_fields}
     quantizer = functools.partial(METHODS[method].load(), **extra)
     report: dict[str, dict[str, float]] = {}
@@ -137,7 +137,7 @@ def _check_widths(decoder: Decoder, group_size: int) -> None:
     common = math.gcd(*widths.values())
     fits = [size for size in (256, 128, 64, 32, 16) if common % size == 0] or [common]
     for name, width in widths.items():
-        if width % group_size:
+        if group_size and width % group_size:
             raise QuantizationError(
                 f"{name}: its {width} inputs are not a multiple of group_size {group_size}; "
                 f"use {' or '.join(map(str, fits))}, which divides every linear"

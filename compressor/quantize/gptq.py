@@ -22,7 +22,7 @@ def gptq(
 ) -> QuantizedWeight:
     """Minimise tr((W - Q) H (W - Q)^T) greedily (GPTQ, arXiv:2210.17323 section 3).
 
-    weight (O, I); gram H = mean of x x^T (I, I). With `act_order`, columns go by falling
+    weight (O, I); gram H = mean of x x^T (I, I), whose dtype (float32 or 64) is computed in. With `act_order`, columns go by falling
     diagonal of H and every scale comes from the original weights (static groups), so no
     column changes its group and no index is stored. Without, a group's scales come from its
     weights as compensated when the sweep gets there. Inputs that are always zero have no say:
@@ -31,8 +31,8 @@ def gptq(
     definite the ridge grows tenfold up to 1 and the value used is recorded.
     Raises `QuantizationError` for a gram that is not finite, is zero or cannot be factored.
     """
-    weight, hessian = weight.float(), gram.float().clone()
-    importance = gram.diagonal().float()
+    weight, hessian = weight.to(gram.dtype), gram.clone()
+    importance = gram.diagonal()
     if not torch.isfinite(hessian).all():
         raise QuantizationError("its inputs hold NaN or infinity; calibrate in float32")
     dead = importance == 0
@@ -43,22 +43,24 @@ def gptq(
     if act_order:
         order = importance.argsort(descending=True, stable=True)
     factor, used = inverse_factor(hessian[order][:, order], damp)
-    group = grid.group_size
-    scale = grid.scales(weight, importance)
-    integers = torch.empty(weight.T.shape, dtype=torch.int8, device=weight.device)
+    group = grid.span(weight.shape[1])
+    scale, zero = grid.fit(weight, importance)
+    levels = weight.new_empty(weight.T.shape)
     home = order.tolist()
 
     def nearest(columns: Tensor, index: int) -> Tensor:
+        column, g = home[index], home[index] // group
         if not act_order and index % group == 0:
             chunk = slice(index, index + group)
-            scale[:, index // group] = grid.scales(columns[chunk].T, importance[chunk])[:, 0]
-        step = scale[:, home[index] // group]
-        integer = grid.quantize(columns[index], step)
-        integers[home[index]] = integer.to(torch.int8)
-        return integer * step
+            found = grid.fit(columns[chunk].T, importance[chunk])
+            scale[:, g], zero[:, g] = found[0][:, 0], found[1][:, 0]
+        levels[column] = grid.levels(columns[index], scale[:, g], zero[:, g])
+        return levels[column] * scale[:, g]
 
-    sweep(weight[:, order], factor, nearest, max(group, _BLOCK // group * group))
-    return QuantizedWeight(integers.T.contiguous(), scale.to(grid.dtype), used)
+    aligned = act_order or group % _BLOCK == 0  # a group must start on updated columns
+    block = _BLOCK if aligned else max(group, _BLOCK // group * group)
+    sweep(weight[:, order], factor, nearest, block)
+    return grid.store(levels.T.contiguous(), scale, zero, used)
 
 
 def sweep(weight: Tensor, factor: Tensor, nearest: Nearest, block: int = _BLOCK) -> Tensor:
