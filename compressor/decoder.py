@@ -41,7 +41,7 @@ class Decoder:
         self.dtype = torch.float32 if self.device.type == "cpu" else self.reader.checkpoint.dtype
         self.model = skeleton(folder, self.dtype)
         self.blocks = Blocks(self.model)
-        self._calls: dict[int, list[Call]] = {}
+        self._calls: dict[torch.Size, list[Call]] = {}
         self._load_shell()
 
     def _load_shell(self) -> None:
@@ -85,7 +85,7 @@ class Decoder:
     def embed(self, tokens: Tensor) -> Tensor:
         """Residual stream entering block 0, (B, T, D), from tokens (B, T).
 
-        Also remembers, per batch size, the masks and positions the model hands its blocks.
+        Also remembers, per shape, the masks and positions the model hands its blocks.
         """
         calls: list[Call] = []
         stream: list[Tensor] = []
@@ -98,13 +98,16 @@ class Decoder:
         with self._stand_in(record):
             decoder: Any = self.model.get_decoder()  # type: ignore[operator]
             decoder(input_ids=tokens.to(self.device), use_cache=False)
-        self._calls[len(tokens)] = calls
+        self._calls[tokens.shape] = calls
         return stream[0]
 
-    def run(self, index: int, x: Tensor) -> Tensor:
-        """Residual stream after the resident block `index`, (B, T, D) from (B, T, D)."""
-        args, kwargs = self._calls[len(x)][index]
-        block = self.blocks.layers[index]
+    def run(self, index: int, x: Tensor, block: nn.Module | None = None) -> Tensor:
+        """Residual stream after block `index`, (B, T, D) from (B, T, D).
+
+        The block is the resident one, or another `block` that stands in its place.
+        """
+        args, kwargs = self._calls[x.shape[:2]][index]
+        block = self.blocks.layers[index] if block is None else block
         return hidden(type(block).forward(block, x.to(self.device), *args, **kwargs))
 
     @torch.no_grad()

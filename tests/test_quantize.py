@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -21,9 +22,9 @@ from compressor.quantize import GptqParams, RtnParams
 from compressor.quantize.driver import quantize
 from compressor.quantize.gptq import gptq, inverse_factor, sweep
 from compressor.quantize.grid import Grid, QuantizedWeight
-from compressor.quantize.inputs import input_gram, input_groups
+from compressor.quantize.inputs import Group, Moments, input_groups, quantize_in_turn
 from compressor.quantize.rtn import rtn
-from compressor.walk import Stream, walk
+from compressor.walk import Step, Stream, walk
 from tests.tiny import save_tiny, tokens
 
 GRID = Grid(3, 8, torch.float32)
@@ -264,22 +265,57 @@ def test_groups_are_found_by_watching(family: str, tmp_path: Path) -> None:
     save_tiny(tmp_path, family)
     decoder = Decoder(tmp_path)
     for step in walk(Stream(decoder, tokens(2), batch_size=1)):
-        groups = input_groups(step, decoder.blocks.linears(step.index))
-        found = [{name.rpartition(".")[2] for name, _ in group} for group in groups]
+        groups = input_groups(decoder, tokens(), step.index)
+        found = [{name.rpartition(".")[2] for name in group} for group in groups]
         assert found == [set(group.split()) for group in GROUPS[family].split(", ")]
 
 
-def test_forwards_stop_at_the_linear_whose_inputs_are_wanted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_batches_give_the_moments_of_one_batch(family: str, tmp_path: Path) -> None:
+    """Whether the other batches run again, each group sees what one big forward shows it."""
+    save_tiny(tmp_path, family)
+
+    def moments(batch_size: int) -> list[dict[str, Tensor]]:
+        decoder, found = Decoder(tmp_path), []
+        stream = Stream(decoder, tokens(5), batch_size)
+        twin = stream.twin()
+        for step in walk(stream):
+            seen: dict[str, Tensor] = {}
+
+            def halve(group: Group, moments: Moments, seen: dict[str, Tensor] = seen) -> None:
+                assert moments.cross is not None
+                seen[group.leader] = torch.stack([moments.gram, moments.cross])
+                for linear in group.values():
+                    linear.weight.data *= 0.5
+
+            original = Step(twin, step.index, copy.deepcopy(step.block))
+            quantize_in_turn(step, original, input_groups(decoder, tokens(), step.index), halve)
+            for each in (step, original):
+                for _ in each.advance():
+                    pass
+            found.append(seen)
+        return found
+
+    once = moments(5)
+    for batch_size in (1, 2, 4):
+        torch.testing.assert_close(moments(batch_size), once, rtol=1e-4, atol=1e-4)
+    first = next(iter(once[0].values()))
+    assert not first[1].any() and once[1][next(iter(once[1]))][1].any()
+
+
+def test_with_one_batch_nothing_runs_twice(tmp_path: Path) -> None:
     save_tiny(tmp_path, "llama")
     decoder = Decoder(tmp_path)
-    for step in walk(Stream(decoder, tokens(3), batch_size=2)):
-        linears = decoder.blocks.linears(step.index)
-        later: list[Tensor] = []
-        name = next(name for name in linears if name.endswith("down_proj"))
-        handle = linears[name].register_forward_pre_hook(lambda _, x, seen=later: seen.append(x[0]))
-        first = next(linear for name, linear in linears.items() if name.endswith("o_proj"))
-        assert input_gram(step, first).shape == (32, 32) and not later
-        handle.remove()
+    stream = Stream(decoder, tokens(3), batch_size=3)
+    for step in walk(stream):
+        groups = input_groups(decoder, tokens(), step.index)
+        runs: list[int] = []
+        for linear in decoder.blocks.linears(step.index).values():
+            linear.register_forward_hook(lambda _, x, out, runs=runs: runs.append(len(x[0])))
+        quantize_in_turn(step, None, groups, lambda *_: None)
+        assert runs == [3] * 7
+        for linear in decoder.blocks.linears(step.index).values():
+            linear._forward_hooks.clear()
 
 
 def save_half(
@@ -355,7 +391,14 @@ def test_all_but_the_linears_is_copied_bitwise(tmp_path: Path) -> None:
 def test_driver_equals_a_naive_walk_in_true_sequential_order(tmp_path: Path) -> None:
     source, out = tmp_path / "source", tmp_path / "out"
     model = save_half(source, "llama", torch.float16, num_hidden_layers=2)
-    quantize(source, out, tokens(4), "gptq", GptqParams(bits=3, group_size=16), batch_size=3)
+    quantize(
+        source,
+        out,
+        tokens(4),
+        "gptq",
+        GptqParams(bits=3, group_size=16, propagation="none"),
+        batch_size=3,
+    )
     naive_walk_(model, Grid(3, 16, torch.float16))
     reader = DenseReader(out)
     differ = {
@@ -398,7 +441,7 @@ def test_report_names_every_linear_and_its_error(tmp_path: Path) -> None:
     for bits in (2, 4, 8):
         out = tmp_path / str(bits)
         summary = quantize(source, out, tokens(4), "gptq", GptqParams(bits=bits, group_size=16))
-        rows = json.loads((out / "quantization.json").read_text())
+        rows = json.loads((out / "quantization.json").read_text())["linears"]
         assert len(rows) == 4 * 7 and all(row["damp"] >= 0.01 for row in rows.values())
         assert summary["raised_damp"] == [n for n, row in rows.items() if row["damp"] > 0.01]
         errors[bits] = summary["mean_relative_error"]

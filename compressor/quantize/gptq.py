@@ -9,9 +9,9 @@ from torch import Tensor
 
 from compressor.errors import QuantizationError
 from compressor.quantize.grid import Grid, QuantizedWeight
+from compressor.quantize.ridge import ridged_cholesky
 
 _BLOCK = 128
-_MOST_DAMP = 1.0
 
 Nearest = Callable[[Tensor, int], Tensor]
 """Nearest grid values (O,) of a column, given all columns (I, O) as compensated so far."""
@@ -22,9 +22,10 @@ def gptq(
 ) -> QuantizedWeight:
     """Minimise tr((W - Q) H (W - Q)^T) greedily (GPTQ, arXiv:2210.17323 section 3).
 
-    weight (O, I); gram H = mean of x x^T (I, I), whose dtype (float32 or 64) is computed in. With `act_order`, columns go by falling
-    diagonal of H and every scale comes from the original weights (static groups), so no
-    column changes its group and no index is stored. Without, a group's scales come from its
+    weight (O, I); gram H = mean of x x^T (I, I), whose dtype (float32 or 64) is computed in.
+    With `act_order`, columns go by falling diagonal of H and every scale comes from the
+    original weights (static groups), so no column changes its group and no index is stored.
+    Without, a group's scales come from its
     weights as compensated when the sweep gets there. Inputs that are always zero have no say:
     their columns are rounded to nearest (the original zeroes them, which trusts the
     calibration text more than it deserves). When H + damp mean(diag H) I is not positive
@@ -90,15 +91,6 @@ def inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, float]:
     With H = R R^T, R upper triangular (the Cholesky factor of H read backwards), U = R^-1:
     one factorisation, and the inverse itself is never formed.
     """
-    mean = hessian.diagonal().mean()
-    identity = torch.eye(len(hessian)).to(hessian)
-    while damp <= _MOST_DAMP:
-        lower, failed = torch.linalg.cholesky_ex((hessian + damp * mean * identity).flip(0, 1))
-        if not failed:
-            upper = lower.flip(0, 1)
-            return torch.linalg.solve_triangular(upper, identity, upper=True), damp
-        damp *= 10
-    raise QuantizationError(
-        f"the gram of its inputs is not positive definite even with a ridge of {_MOST_DAMP}; "
-        "calibrate on more windows"
-    )
+    lower, used = ridged_cholesky(hessian.flip(0, 1), damp)
+    identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+    return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True), used

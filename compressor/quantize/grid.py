@@ -59,7 +59,7 @@ class Grid:
         return span
 
     def fit(self, weight: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Scales, exact in `dtype`, and zero points: two of (O, groups), for weight (O, I) in float32 or 64.
+        """Scales, exact in `dtype`, and zero points, (O, groups) each, of weight (O, I).
 
         The grid covers the group from lo to hi (zero included): asymmetric s = (hi - lo) /
         (2^b - 1) and z = round(-lo / s) - 2^(b-1) (arXiv:2210.17323's code); symmetric
@@ -158,9 +158,7 @@ class QuantizedWeight:
 
     def split(self, rows: list[int]) -> Iterator[QuantizedWeight]:
         """Yield the matrices that were stacked, `rows` outputs each."""
-        starts = [sum(rows[:i]) for i in range(len(rows))]
-        for part in (slice(start, start + count) for start, count in zip(starts, rows, strict=True)):
-            zero_point = None if self.zero_point is None else self.zero_point[part]
-            yield QuantizedWeight(
-                self.integers[part], self.scale[part], zero_point, self.grid, self.damp
-            )
+        integers, scale = self.integers.split(rows), self.scale.split(rows)
+        zeros = [None] * len(rows) if self.zero_point is None else self.zero_point.split(rows)
+        for part in zip(integers, scale, zeros, strict=True):
+            yield QuantizedWeight(*part, self.grid, self.damp)
