@@ -7,8 +7,8 @@ from typing import Annotated, Literal, get_args
 from pydantic import Field
 
 from compressor.methods import Method, Params
+from compressor.records import BitPlan, Bits
 
-Bits = Literal[2, 3, 4, 5, 6, 8]
 Kind = Literal["qkv", "o", "gate_up", "down"]
 """What a linear does in its block: reads or ends the attention, reads or ends the feed-forward."""
 
@@ -31,6 +31,10 @@ class GridParams(Params):
     group_size: int = Field(128, ge=0, description="inputs that share a scale; 0: whole rows")
     symmetric: bool = Field(True, description="no zero points, which every reader loads")
     search: bool = Field(True, description="place each grid where its error is least")
+    scheme: BitPlan | None = Field(None, description="other widths for some linears")
+    format: Literal["compressed-tensors", "gptq"] = Field(
+        "compressed-tensors", description="what the file is written in"
+    )
 
 
 class RtnParams(GridParams):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from compressor import progress
 from compressor.blocks import Blocks, weight_of
@@ -21,9 +21,13 @@ from compressor.decoder import Decoder
 from compressor.errors import QuantizationError
 from compressor.quantize import METHODS, GridParams, Kind, PropagatingParams
 from compressor.quantize.error_propagation import propagate_error
+from compressor.quantize.formats import Grids
 from compressor.quantize.grid import Grid, QuantizedWeight
 from compressor.quantize.inputs import Group, Moments, input_groups, quantize_in_turn
-from compressor.quantize.write import PackedWriter
+from compressor.quantize.lint import lint
+from compressor.quantize.plan import grids
+from compressor.quantize.write import IntegerWriter
+from compressor.records import BitPlan
 from compressor.walk import Step, Stream, walk
 
 Quantizer = Callable[[Tensor, Tensor | None, Grid], QuantizedWeight]
@@ -33,21 +37,20 @@ _INPUT_BYTES = 2**28  # of the widest linear's inputs that go through a block at
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a group of linears is quantized: on which grid, by what, corrected how much."""
+    """How linears are quantized: each on which grid, by what, corrected how much."""
 
-    grid: Grid
+    grids: Grids
     quantizer: Quantizer
     strengths: dict[Kind, tuple[float, float]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, method: str, params: GridParams, dtype: torch.dtype) -> Recipe:
-        """The recipe of a method's parameters, scales stored in `dtype`."""
-        grid = Grid(params.bits, params.group_size, dtype, params.search, params.symmetric)
+    def of(cls, method: str, params: GridParams, grids: Grids) -> Recipe:
+        """The recipe of a method's parameters, on `grids`."""
         known = {*GridParams.model_fields, *PropagatingParams.model_fields}
         own = {name: value for name, value in dict(params).items() if name not in known}
         quantizer = functools.partial(METHODS[method].load(), **own)
         strengths = params.strengths() if isinstance(params, PropagatingParams) else {}
-        return cls(grid, quantizer, strengths)
+        return cls(grids, quantizer, strengths)
 
     @property
     def propagates(self) -> bool:
@@ -86,25 +89,26 @@ def quantize(
 
     With tokens (N, T), each group of linears sees inputs made by the already quantized
     ones before it (true sequential order). `quantization.json` in `out` holds the report of
-    every linear and the drift of the residual stream by depth. Returns average bits, the mean
-    error and the last drift.
-    Raises `QuantizationError` before any work when a group size does not divide a width.
+    every linear, the drift of the residual stream by depth and who can load the file. Returns
+    average bits, the mean error, the last drift and the readers in words.
+    Raises `QuantizationError` before any work when the file could not be loaded.
     """
     if Checkpoint(source).quantized:
         raise QuantizationError(f"{source}: already quantized; start from the dense checkpoint")
     decoder = Decoder(source, device)
-    _check_widths(decoder, params.group_size)
-    recipe = Recipe.of(method, params, decoder.reader.checkpoint.dtype)
+    plan = grids(decoder, params, params.scheme or BitPlan())
+    readers = lint(decoder, plan, params.format)
+    recipe = Recipe.of(method, params, plan)
     report: dict[str, dict[str, float]] = {}
     drifts: list[float] = []
-    with PackedWriter(decoder, out, recipe.grid) as writer:
-        results = quantize_blocks(decoder, tokens, recipe, batch_size)
-        for index, result in enumerate(results):
-            writer.block(index, result.weights)
+    with IntegerWriter(decoder, out, plan, params.format) as writer:
+        for result in quantize_blocks(decoder, tokens, recipe, batch_size):
+            writer.block(result.weights)
             report |= result.report
             drifts += [] if result.drift is None else [result.drift]
         bits = writer.finish()
-    text = json.dumps({"linears": report, "drift": drifts}, indent=1)
+    loads = [verdict._asdict() for verdict in readers]
+    text = json.dumps({"linears": report, "drift": drifts, "readers": loads}, indent=1)
     (out / REPORT).write_text(text + "\n", encoding="utf-8")
     errors = [row["relative_error"] for row in report.values()]
     asked = dict(params).get("damp", math.inf)
@@ -114,6 +118,7 @@ def quantize(
         "mean_relative_error": sum(errors) / len(errors),
         "drift": drifts[-1] if drifts else None,
         "raised_damp": [name for name, row in report.items() if row["damp"] > asked],
+        "readers": {verdict.reader: f"{verdict.speed}: {verdict.why}" for verdict in readers},
     }
 
 
@@ -150,7 +155,9 @@ def _quantize_block(step: Step, twin: Stream | None, tokens: Tensor, recipe: Rec
     def take(group: Group, moments: Moments) -> None:
         kind = kind_of(group.leader, groups, decoder.blocks, step.index)
         alpha, ridge = recipe.strengths.get(kind, (0.0, 0.0))
-        _quantize_group(group, moments, recipe, result, alpha=alpha, ridge=ridge)
+        for grid in dict.fromkeys(recipe.grids[name] for name in group):
+            same = Group({n: linear for n, linear in group.items() if recipe.grids[n] == grid})
+            _quantize_group(same, moments, recipe, result, alpha=alpha, ridge=ridge)
 
     groups = input_groups(decoder, tokens, step.index)
     quantize_in_turn(step, original, groups, take)
@@ -195,7 +202,7 @@ def _quantize_group(
     try:
         if alpha and cross is not None and gram is not None:
             stacked, used = propagate_error(stacked, cross, gram, alpha=alpha, damp=ridge)
-        quantized = recipe.quantizer(stacked, gram, recipe.grid)
+        quantized = recipe.quantizer(stacked, gram, recipe.grids[group.leader])
     except QuantizationError as error:
         raise QuantizationError(f"{group.leader}: {error}") from error
     rows = [len(weight) for weight in weights]
@@ -215,26 +222,3 @@ def _relative_error(weight: Tensor, rounded: Tensor, gram: Tensor | None) -> flo
         return (w * (w if gram is None else w @ gram)).sum().clamp(min=0)
 
     return float((energy(weight - rounded) / energy(weight).clamp(min=1e-30)).sqrt())
-
-
-def _check_widths(decoder: Decoder, group_size: int) -> None:
-    linears = {
-        name: linear
-        for index in range(len(decoder.blocks))
-        for name, linear in decoder.blocks.linears(index).items()
-    }
-    for name, linear in linears.items():
-        if not isinstance(linear, nn.Linear):
-            raise QuantizationError(
-                f"{name} is a {type(linear).__name__}, which no runtime loads quantized; "
-                "this family can be pruned and healed, not quantized"
-            )
-    widths = {name: weight_of(linear).shape[1] for name, linear in linears.items()}
-    common = math.gcd(*widths.values())
-    fits = [size for size in (256, 128, 64, 32, 16) if common % size == 0] or [common]
-    for name, width in widths.items():
-        if group_size and width % group_size:
-            raise QuantizationError(
-                f"{name}: its {width} inputs are not a multiple of group_size {group_size}; "
-                f"use {' or '.join(map(str, fits))}, which divides every linear"
-            )
