@@ -140,6 +140,11 @@ def _print_last(stage: dict[str, Any], to: Console) -> None:
     """What a verb that ran alone has to say: its figures and its folder."""
     figures = {"seconds": stage["seconds"], "peak": table.size(stage["peak_bytes"])}
     for name, value in {**stage["metrics"], **figures}.items():
+        if isinstance(value, dict):
+            to.print(f"{name}:", highlight=False)
+            for key, words in value.items():
+                to.print(f"  {key}: {words}", highlight=False, soft_wrap=True)
+            continue
         shown = f"{value:.4g}" if isinstance(value, float) else str(value)
         to.print(f"{name}: {shown}", highlight=False)
     to.print(f"folder: {stage['folder']}", highlight=False, soft_wrap=True)

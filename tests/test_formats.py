@@ -169,6 +169,42 @@ def test_plain_transformers_computes_what_we_measured(
         assert torch.equal(DenseReader(out).read(f"{name}.weight"), weight.dequantize())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_uniform_asymmetric_files_of_half_precision_are_rounded_once(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """They are unpacked while they are read, in the dtype their scales are stored in."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    save_tiny(source, "llama").to(dtype).save_pretrained(source)
+    quantize(source, out, None, "rtn", RtnParams(bits=8, group_size=16, symmetric=False))
+    loaded = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    for name, weight in loaded.named_parameters():
+        assert torch.equal(weight.data, DenseReader(out).read(name).to(dtype).float()), name
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_shapes_are_what_servers_allocate(symmetric: bool, tmp_path: Path) -> None:
+    """vLLM's `CompressedTensorsWNA16.create_weights`, for its fused linears as a whole."""
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_key_value_heads": 4}
+    params = RtnParams(bits=4, group_size=16, symmetric=symmetric, scheme=MIXED)
+    source, out = written(tmp_path, "llama", params, **shape)
+    decoder, file = Decoder(source), Checkpoint(out)
+    plan = grids(decoder, params, MIXED)
+    for unit in units(decoder):
+        grid, parts = plan[unit[0]], [Checkpoint(source).shape(f"{n}.weight") for n in unit]
+        rows, columns = sum(r for r, _ in parts), parts[0][1]
+        groups = columns // (grid.group_size or columns)
+        wanted = {
+            "weight_packed": (rows, -(-columns * grid.bits // 32)),
+            "weight_scale": (rows, groups),
+            "weight_zero_point": (-(-rows * grid.bits // 32), groups),
+        }
+        for name in wanted if not symmetric else list(wanted)[:2]:
+            shapes = [file.shape(f"{n}.{name}") for n in unit]
+            assert (sum(s[0] for s in shapes), shapes[0][1]) == wanted[name], (unit, name)
+        assert ("weight_zero_point" in str(file.names)) != symmetric
+
+
 PLAIN = """
 import sys, torch
 from transformers import AutoModelForCausalLM
@@ -223,14 +259,18 @@ def test_targets_name_each_linear_once(tmp_path: Path) -> None:
 def test_asymmetric_files_of_many_grids_fail_loudly_until_upstream_mends_it(
     tmp_path: Path,
 ) -> None:
-    """compressed-tensors 0.18 to 0.20; when this fails, mend readers.py and docs/formats.md."""
+    """transformers 5.23 checks the shape that compressed-tensors 0.18 to 0.20 gets wrong.
+
+    When this fails, something was mended: tell readers.py and docs/formats.md.
+    """
     params = RtnParams(bits=4, group_size=16, symmetric=False, scheme=MIXED)
     _, out = written(tmp_path, "llama", params)
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         AutoModelForCausalLM.from_pretrained(out)
     report = json.loads((out / "quantization.json").read_text())["readers"]
     verdict = {row["reader"]: row["speed"] for row in report}
-    assert verdict["transformers with compressed-tensors 0.18 or later"] == "no"
+    assert verdict["transformers 5.23, compressed-tensors 0.18 to 0.20"] == "no"
+    assert verdict["transformers up to 5.22, compressed-tensors 0.18 to 0.20"] == "dense"
 
 
 def test_the_proposed_mend_loads_asymmetric_files_of_many_grids(
@@ -355,22 +395,23 @@ def said(form: str, *plan: tuple[int, int, bool], shape: tuple[int, int] = (128,
 
 
 def test_support_matrix() -> None:
-    vllm, old = "vLLM 0.33 on CUDA", "transformers with compressed-tensors 0.15 to 0.17"
-    new = "transformers with compressed-tensors 0.18 or later"
+    vllm, old = "vLLM 0.33 on CUDA", "transformers 5.23, compressed-tensors 0.15 to 0.17"
+    new = "transformers 5.23, compressed-tensors 0.18 to 0.20"
+    lax = "transformers up to 5.22, compressed-tensors 0.18 to 0.20"
     four = said("compressed-tensors", (4, 128, True))
     assert four == {
-        vllm: "fast", "vLLM 0.33 on CPU": "fast", "SGLang": "fast", new: "dense", old: "dense",
-        "onnxruntime MatMulNBits": "fast",
+        vllm: "fast", "vLLM 0.33 on CPU": "fast", "SGLang": "fast", new: "dense", lax: "dense",
+        old: "dense",        "onnxruntime MatMulNBits": "fast",
     }  # fmt: skip
     three = said("compressed-tensors", (3, 128, True), (4, 128, True))
     assert three == {
-        vllm: "slow", "vLLM 0.33 on CPU": "no", "SGLang": "no", new: "dense", old: "no",
-        "onnxruntime MatMulNBits": "fast",
+        vllm: "slow", "vLLM 0.33 on CPU": "no", "SGLang": "no", new: "dense", lax: "dense",
+        old: "no",        "onnxruntime MatMulNBits": "fast",
     }  # fmt: skip
     asymmetric = said("compressed-tensors", (8, 64, False))
     assert (asymmetric[vllm], asymmetric[new], asymmetric[old]) == ("slow", "dense", "dense")
     both = said("compressed-tensors", (8, 64, False), (4, 64, True))
-    assert (both[vllm], both[new], both[old]) == ("slow", "no", "dense")
+    assert (both[vllm], both[new], both[lax], both[old]) == ("slow", "no", "dense", "dense")
     assert said("compressed-tensors", (4, 16, True))[vllm] == "slow"
     assert said("compressed-tensors", (4, 64, True), shape=(96, 128))["SGLang"] == "no"
     assert said("compressed-tensors", (4, 0, True))["onnxruntime MatMulNBits"] == "no"

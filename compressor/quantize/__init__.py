@@ -31,7 +31,9 @@ class GridParams(Params):
     group_size: int = Field(128, ge=0, description="inputs that share a scale; 0: whole rows")
     symmetric: bool = Field(True, description="no zero points, which every reader loads")
     search: bool = Field(True, description="place each grid where its error is least")
-    scheme: BitPlan | None = Field(None, description="other widths for some linears")
+    scheme: BitPlan | None = Field(
+        None, description="widths of some linears (on the command line a file)"
+    )
     format: Literal["compressed-tensors", "gptq"] = Field(
         "compressed-tensors", description="what the file is written in"
     )

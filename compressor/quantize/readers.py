@@ -108,17 +108,23 @@ READERS = (
         note="before July 2026 it read mixed files as dense without a word",
     ),
     Reader(
-        "transformers with compressed-tensors 0.18 or later",
+        "transformers 5.23, compressed-tensors 0.18 to 0.20",
         "compressed-tensors",
-        (Kernel("floats", "dense", _ALL),),
-        "transformers 5.23 and compressed-tensors 0.20: run by tests/test_formats.py",
+        (Kernel("expansion to floats", "dense", _ALL),),
+        "transformers 5.23.0 and compressed-tensors 0.20.0, run by tests/test_formats.py",
         uniform_asymmetric=True,
     ),
     Reader(
-        "transformers with compressed-tensors 0.15 to 0.17",
+        "transformers up to 5.22, compressed-tensors 0.18 to 0.20",
         "compressed-tensors",
-        (Kernel("floats", "dense", (2, 4, 8)),),
-        "compressed-tensors#732 changed the layout of 3, 5 and 6 bits",
+        (Kernel("expansion to floats", "dense", _ALL),),
+        "transformers 5.20.0 to 5.22.0 and compressed-tensors 0.20.0, run once",
+    ),
+    Reader(
+        "transformers 5.23, compressed-tensors 0.15 to 0.17",
+        "compressed-tensors",
+        (Kernel("expansion to floats", "dense", (2, 4, 8)),),
+        "compressed-tensors 0.15.0 and 0.17.0, run once; #732 changed 3, 5 and 6 bits",
     ),
     Reader(
         "vLLM 0.33 on CUDA",
@@ -190,7 +196,7 @@ def _verdict(reader: Reader, grids: Grids, shapes: Shapes, units: Units) -> Verd
         kernel = next((k for k in reader.kernels if k.takes(grid, shapes[name])), None)
         if kernel is None:
             rows, columns = shapes[name]
-            why = f"{name} ({rows} x {columns}) has {in_words(grid)}"
+            why = f"no kernel for {name} ({rows} x {columns}, {in_words(grid)})"
             return Verdict(reader.name, "no", why)
         chosen[kernel] += 1
     speed = max((kernel.speed for kernel in chosen), key=SPEEDS.index)
