@@ -25,12 +25,12 @@ class Format(NamedTuple):
 
     Attributes:
         scale_dtype: what it stores scales in; None for the checkpoint's own.
-        layout: the layout of a linear on `grid` in a file of `grids`.
+        layout: for a file of `grids`, what gives the layout of a linear on a grid.
         config: `quantization_config` for `grids`; the last argument names the linears left dense.
     """
 
     scale_dtype: torch.dtype | None
-    layout: Callable[[Grids, Grid], Packed | Gptq]
+    layout: Callable[[Grids], Callable[[Grid], Packed | Gptq]]
     config: Callable[[Grids, Blocks, list[str]], dict[str, Any]]
 
 
@@ -121,10 +121,11 @@ def _gptq_width(grid: Grid) -> dict[str, Any]:
 
 def _fused(names: list[str]) -> Iterable[str]:
     """What a server calls the linears among `names` that it loads as one."""
+    known = set(names)
     for name in names:
         parent, _, last = name.rpartition(".")
         for fused, (first, *others) in FUSED.items():
-            if last == first and all(f"{parent}.{other}" in names for other in others):
+            if last == first and known.issuperset(f"{parent}.{other}" for other in others):
                 yield f"{parent}.{fused}"
 
 
@@ -140,12 +141,17 @@ def _version(grids: Grids) -> int:
     return 1 if all(grid.symmetric for grid in grids.values()) else 2
 
 
+def _packed_layout(grids: Grids) -> Callable[[Grid], Packed]:
+    return lambda grid: Packed(grid.bits, grid.symmetric)
+
+
+def _gptq_layout(grids: Grids) -> Callable[[Grid], Gptq]:
+    version = _version(grids)
+    return lambda grid: Gptq(grid.bits, version)
+
+
 FORMATS = {
-    "compressed-tensors": Format(
-        None, lambda grids, grid: Packed(grid.bits, grid.symmetric), _packed_config
-    ),
-    "gptq": Format(
-        torch.float16, lambda grids, grid: Gptq(grid.bits, _version(grids)), _gptq_config
-    ),
+    "compressed-tensors": Format(None, _packed_layout, _packed_config),
+    "gptq": Format(torch.float16, _gptq_layout, _gptq_config),
 }
 """What `format` of the quantize methods may say."""

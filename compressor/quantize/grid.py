@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import QuantizationError
+from compressor.layouts import Codes
 
 _SHRINKS = [1 - step / 50 for step in range(35)]
 _CACHED = 2**18  # weights searched together: few enough to stay in a core's cache
@@ -132,29 +133,16 @@ class Grid:
 
 
 @dataclass(frozen=True)
-class QuantizedWeight:
-    """A matrix in integers, w = (q - z) s.
+class QuantizedWeight(Codes):
+    """A matrix in integers and how it came about.
 
     Attributes:
-        integers: q (O, I) int8, signed, within the grid.
-        scale: s (O, groups) in the grid's dtype.
-        zero_point: z (O, groups) int8, signed as the integers are; None on symmetric grids.
-        grid: where the integers come from.
+        grid: where the integers and the dtype of the scale come from.
         damp: ridge that was used, as a share of the mean diagonal; 0 without one.
     """
 
-    integers: Tensor
-    scale: Tensor
-    zero_point: Tensor | None
     grid: Grid
     damp: float = 0.0
-
-    def dequantize(self) -> Tensor:
-        """w (O, I) float32, which holds the product of 8 bits and a half exactly."""
-        levels = self.integers.float().unflatten(1, (self.scale.shape[1], -1))
-        if self.zero_point is not None:
-            levels -= self.zero_point.float().unsqueeze(-1)
-        return (levels * self.scale.float().unsqueeze(-1)).flatten(1)
 
     def split(self, rows: list[int]) -> Iterator[QuantizedWeight]:
         """Yield the matrices that were stacked, `rows` outputs each."""

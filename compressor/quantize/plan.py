@@ -27,18 +27,19 @@ def grids(decoder: Decoder, params: GridParams, plan: BitPlan) -> dict[str, Grid
     dtype = FORMATS[params.format].scale_dtype or decoder.reader.checkpoint.dtype
     names = [name for i in range(len(decoder.blocks)) for name in decoder.blocks.linears(i)]
     default = Width(bits=params.bits)
-    used: set[str] = set()
+    used: set[str | None] = set()
     found = {}
     for name in names:
-        pattern = next((p for p in plan.linears if _matches(p, name)), "")
+        pattern = next((p for p in plan.linears if _matches(p, name)), None)
         used.add(pattern)
-        width = plan.linears.get(pattern, default)
+        width = default if pattern is None else plan.linears[pattern]
         size = params.group_size if width.group_size is None else width.group_size
         symmetric = params.symmetric if width.symmetric is None else width.symmetric
         found[name] = Grid(width.bits, size, dtype, params.search, symmetric)
-    for pattern in plan.linears.keys() - used:
+    idle = [pattern for pattern in plan.linears if pattern not in used]
+    if idle:
         raise QuantizationError(
-            f"scheme: {pattern!r} is the first match of no linear{did_you_mean(pattern, names)}"
+            f"scheme: {idle[0]!r} is the first match of no linear{did_you_mean(idle[0], names[:7])}"
         )
     return found
 

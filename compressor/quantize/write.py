@@ -9,7 +9,6 @@ from torch import nn
 
 from compressor.checkpoint import CheckpointWriter
 from compressor.decoder import Decoder
-from compressor.layouts import Codes
 from compressor.quantize.formats import FORMATS, Grids
 from compressor.quantize.grid import QuantizedWeight
 
@@ -20,6 +19,7 @@ class IntegerWriter:
     def __init__(self, decoder: Decoder, out: Path, grids: Grids, form: str) -> None:
         """Write into `out` what `decoder` was read from, in the format `form`."""
         self._decoder, self._grids, self._format = decoder, grids, FORMATS[form]
+        self._layout = self._format.layout(grids)
         self._writer = CheckpointWriter(out)
         self._done: set[str] = set()
         self._weights = self._bits = 0
@@ -35,9 +35,7 @@ class IntegerWriter:
         """Write the linears of one block in integers."""
         for name, result in results.items():
             stored = self._decoder.reader.locate(f"{name}.weight") or f"{name}.weight"
-            layout = self._format.layout(self._grids, self._grids[name])
-            tensors = layout.write(Codes(result.integers, result.scale, result.zero_point))
-            for part, tensor in tensors.items():
+            for part, tensor in self._layout(self._grids[name]).write(result).items():
                 self._writer.add(stored.removesuffix("weight") + part, tensor)
                 self._bits += 8 * tensor.nbytes
             self._done.add(stored)
