@@ -320,6 +320,17 @@ def test_gptq_files_are_read_back_bit_by_bit(symmetric: bool, tmp_path: Path) ->
         assert re.match(rule.removeprefix("+:"), f"model.{fused}")
 
 
+def test_one_asymmetric_linear_makes_the_file_version_2(tmp_path: Path) -> None:
+    plan = BitPlan.model_validate({"linears": {"*.o_proj": {"bits": 4, "symmetric": False}}})
+    params = RtnParams(bits=4, group_size=16, format="gptq", scheme=plan)
+    source, out = written(tmp_path, "llama", params, hidden_size=64, intermediate_size=96)
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert config["checkpoint_format"] == "gptq_v2" and config["sym"]
+    assert [rule["sym"] for rule in config["dynamic"].values()] == [False]
+    for name, weight in in_memory(source, params)[1].items():
+        assert torch.equal(DenseReader(out).read(f"{name}.weight"), weight.dequantize())
+
+
 def test_uniform_gptq_files_have_no_rules(tmp_path: Path) -> None:
     params = RtnParams(bits=8, group_size=0, format="gptq")
     _, out = written(tmp_path, "llama", params, hidden_size=64, intermediate_size=96)
