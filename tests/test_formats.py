@@ -346,7 +346,7 @@ REFUSED = {
     "servers load q_proj, k_proj, v_proj as one": plan("*.k_proj", bits=8),
     "gate_proj, up_proj as one": plan("*.up_proj", bits=4, group_size=8),
     "first match of no linear": plan("*.q_porj", bits=8),
-    "not a multiple of group_size 24": plan("*.o_proj", bits=4, group_size=24),
+    "down_proj: its 48 inputs are not a multiple": plan("*.down_proj", bits=4, group_size=32),
     "read with 2, 4 or 8": {"bits": 3, "format": "gptq"},
     "do not fill whole 32-bit words": {"bits": 2, "format": "gptq", "group_size": 8},
 }  # fmt: skip
