@@ -111,10 +111,13 @@ class Decoder:
         self._calls[self._kind(stream[0])] = calls
         return stream[0]
 
-    def run(self, index: int, x: Tensor) -> Tensor:
-        """Residual stream after the resident block `index`, (B, T, D) from (B, T, D)."""
+    def run(self, index: int, x: Tensor, block: nn.Module | None = None) -> Tensor:
+        """Residual stream after block `index`, (B, T, D) from (B, T, D).
+
+        The block is the resident one, or another `block` that stands in its place.
+        """
         args, kwargs = self._calls[self._kind(x)][index]
-        block = self.blocks.layers[index]
+        block = self.blocks.layers[index] if block is None else block
         return hidden(type(block).forward(block, x.to(self.device), *args, **kwargs))
 
     def _kind(self, x: Tensor) -> tuple[str, int, int]:

@@ -6,22 +6,24 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch
-from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from torch import Tensor
 
 from compressor.checkpoint import Checkpoint
 from compressor.errors import CheckpointError
 from compressor.families import RENAMED_ON_DISK, native_config
+from compressor.layouts import Codes, Gptq, Packed
 
-PACKED = "weight_packed"
+GPTQ_VERSIONS = {"gptq": 1, "gptq_v2": 2}
+"""`checkpoint_format` of GPTQ files."""
+
+Layouts = list[tuple[list[str], Packed | Gptq]]
+"""Targets (a name, `re:` and a pattern, or `Linear` for all) and how those are stored."""
 
 
 class DenseReader:
     """Reads weights as floats: stored ones as they are, packed integers de-quantized.
 
-    A packed linear holds u = q + 2^(b-1) as a bit stream along its inputs and one
-    scale per group: w = q * s (compressed-tensors `pack-quantized`, symmetric).
+    Packed linears are those of compressed-tensors `pack-quantized` and of GPTQ (`layouts`).
     Old checkpoints name tensors without the model's first path component
     (`h.0...` for `transformer.h.0...`); both are found.
     """
@@ -33,7 +35,7 @@ class DenseReader:
         family = native_config(self.config).get("model_type", "")
         self._renamed = RENAMED_ON_DISK.get(family, {})
         quantization = self.config.get("quantization_config")
-        self._groups = _weight_groups(self.checkpoint.folder, quantization) if quantization else []
+        self._layouts = _layouts(self.checkpoint.folder, quantization) if quantization else []
 
     def has(self, name: str) -> bool:
         """Whether a weight of this name can be read."""
@@ -46,45 +48,51 @@ class DenseReader:
             raise CheckpointError(f"{self.checkpoint.folder}: no weight for {name!r}")
         if stored in self.checkpoint:
             return self.checkpoint.tensor(stored)
-        return self._unpack(
-            stored.removesuffix(".weight"), self._bits(name.removesuffix(".weight"))
-        )
+        return self.codes(name).dequantize()
+
+    def codes(self, name: str) -> Codes:
+        """A packed weight in integers, as it is stored."""
+        layout = self.layout(name)
+        stem = (self.locate(name) or name).removesuffix("weight")
+        try:
+            return layout.read({n: self.checkpoint.tensor(stem + n) for n in layout.names})
+        except CheckpointError as error:
+            raise CheckpointError(f"{name}: {error}") from error
+
+    def layout(self, name: str) -> Packed | Gptq:
+        """How the weight of this name is packed; raises `CheckpointError` when nothing says so."""
+        module = name.removesuffix(".weight")
+        for targets, layout in self._layouts:
+            if any(_matches(target, module) for target in targets):
+                return layout
+        raise CheckpointError(f"{module}: packed, but no group of quantization_config targets it")
 
     def locate(self, name: str) -> str | None:
         """The name under which a weight is stored, dense or packed; None when there is none."""
         for candidate in (self._renamed.get(name, name), name, name.partition(".")[2]):
-            packed = candidate.removesuffix("weight") + PACKED
-            if candidate in self.checkpoint or packed in self.checkpoint:
+            stem = candidate.removesuffix("weight")
+            keys = (Packed.key, Gptq.key)
+            if candidate in self.checkpoint or any(stem + k in self.checkpoint for k in keys):
                 return candidate
         return None
 
-    def _unpack(self, module: str, bits: int) -> Tensor:
-        packed = self.checkpoint.tensor(f"{module}.{PACKED}")
-        shape = torch.Size(self.checkpoint.tensor(f"{module}.weight_shape").tolist())
-        scale = self.checkpoint.tensor(f"{module}.weight_scale")
-        if f"{module}.weight_zero_point" in self.checkpoint:
-            raise CheckpointError(f"{module}: asymmetric pack-quantized weights are not read")
-        integers = unpack_from_int32(packed, bits, shape)
-        group = shape[1] // scale.shape[1]
-        weight = integers.view(shape[0], -1, group).float() * scale.float().unsqueeze(-1)
-        return weight.view(shape)
 
-    def _bits(self, module: str) -> int:
-        for targets, bits in self._groups:
-            if any(_matches(target, module) for target in targets):
-                return bits
-        raise CheckpointError(f"{module}: packed, but no group of quantization_config targets it")
-
-
-def _weight_groups(folder: Path, quantization: dict[str, Any]) -> list[tuple[list[str], int]]:
+def _layouts(folder: Path, quantization: dict[str, Any]) -> Layouts:
     method, form = quantization.get("quant_method"), quantization.get("format")
-    if (method, form) != ("compressed-tensors", "pack-quantized"):
-        raise CheckpointError(
-            f"{folder}: quantization {method}/{form} is not read; start from the dense "
-            "checkpoint, or one in compressed-tensors pack-quantized"
-        )
-    groups = quantization["config_groups"].values()
-    return [(group["targets"], int(group["weights"]["num_bits"])) for group in groups]
+    if (method, form) == ("compressed-tensors", "pack-quantized"):
+        groups = [(g["targets"], g["weights"]) for g in quantization["config_groups"].values()]
+        return [(t, Packed(w["num_bits"], w.get("symmetric", True))) for t, w in groups]
+    form = quantization.get("checkpoint_format", form) or "gptq"
+    if method == "gptq" and form in GPTQ_VERSIONS:
+        rules: dict[str, dict[str, Any]] = quantization.get("dynamic") or {}
+        widths = [(f"re:{rule.removeprefix('+:')}", own.get("bits")) for rule, own in rules.items()]
+        widths.append(("Linear", None))
+        default, version = quantization["bits"], GPTQ_VERSIONS[form]
+        return [([target], Gptq(bits or default, version)) for target, bits in widths]
+    raise CheckpointError(
+        f"{folder}: quantization {method}/{form} is not read; start from the dense checkpoint, "
+        "or one in compressed-tensors pack-quantized or GPTQ"
+    )
 
 
 def _matches(target: str, module: str) -> bool:

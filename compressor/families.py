@@ -47,6 +47,12 @@ RENAMED_ON_DISK = {"gpt_neox": {"lm_head.weight": "embed_out.weight"}}
 POSITIONS_FROM_MASK = ("bloom", "opt")
 """Families that count positions on a 2-D attention mask, so cannot be handed a ready 4-D one."""
 
+FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+"""What servers call the linears that they load as one; their rules are looked up by that name."""
+
 
 def family_of(config: Any) -> str:
     """The native `model_type` of a config, also of one whose blocks lack sublayers."""

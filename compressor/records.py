@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
-from typing import Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -114,3 +115,48 @@ class Selection(Record):
             raise ValueError(f"{what}: one is listed twice in {indices}")
         if indices != sorted(indices):
             raise ValueError(f"{what} must be in ascending order, got {indices}")
+
+
+Bits = Literal[2, 3, 4, 5, 6, 8]
+
+
+class Width(Record):
+    """How fine a linear's grid is; a bare number stands for its bits.
+
+    Attributes:
+        bits: bits per weight.
+        group_size: inputs that share a scale, 0 for whole rows; None: as the stage says.
+        symmetric: whether there are no zero points; None: as the stage says.
+    """
+
+    bits: Bits
+    group_size: int | None = Field(None, ge=0)
+    symmetric: bool | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare(cls, value: Any) -> Any:
+        return {"bits": value} if isinstance(value, int) else value
+
+
+class BitPlan(Record):
+    """Which linears get which width; what no pattern matches is as the stage says.
+
+    Attributes:
+        linears: pattern to width; the first that matches a linear's full name counts. A
+            pattern is a name in which * stands for anything, or `re:` and a regular
+            expression for the whole name.
+        reason: one sentence on how it was chosen.
+    """
+
+    linears: dict[str, Width] = {}
+    reason: str = ""
+
+    @model_validator(mode="after")
+    def _readable(self) -> Self:
+        for pattern in self.linears:
+            try:
+                re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
+        return self

@@ -1,12 +1,13 @@
 """The one loop over a model: block by block, with one block's weights resident.
 
 The residual stream of every window is one tensor (N, T, D) kept off the device and
-overwritten block by block; above a limit it lives in a file. Two walks zipped
-together give two streams in lockstep, which is what error propagation needs.
+overwritten block by block; above a limit it lives in a file. A stream's twin walks
+beside it through other weights, which is what error propagation needs.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import tempfile
@@ -41,6 +42,12 @@ class Stream:
                 self.x = storage((*tokens.shape, x.shape[-1]), x.dtype)
             self.x[rows] = x.to(self.x.device)
 
+    def twin(self) -> Stream:
+        """A second stream that stands where this one does and moves on its own."""
+        other = copy.copy(self)
+        other.x = storage(tuple(self.x.shape), self.x.dtype).copy_(self.x)
+        return other
+
     def logits(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield (rows, logits (B, T, V)) once the walk is over."""
         for rows in self.batches:
@@ -59,7 +66,7 @@ class Step:
 
     def run(self, x: Tensor) -> Tensor:
         """Push any hidden states (B, T, D) through this block, on the device."""
-        return self.stream.decoder.run(self.index, x)
+        return self.stream.decoder.run(self.index, x, self.block)
 
     def inputs(self) -> Iterator[Tensor]:
         """Yield the block's inputs batch by batch, leaving the stream where it is."""

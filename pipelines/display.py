@@ -150,7 +150,7 @@ def _print_last(stage: dict[str, Any], to: Console) -> None:
         to.print(f"{name}: {'' if lines else _shown(value)}".rstrip(), highlight=False)
         width = max(map(len, lines), default=0)
         for part, each in lines.items():
-            to.print(f"  {part:{width}}  {_shown(each)}", highlight=False)
+            to.print(f"  {part:{width}}  {_shown(each)}", highlight=False, soft_wrap=True)
     to.print(f"folder: {stage['folder']}", highlight=False, soft_wrap=True)
 
 

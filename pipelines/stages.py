@@ -17,7 +17,7 @@ from compressor.blocks import Blocks
 from compressor.checkpoint import write_json
 from compressor.decoder import Decoder, skeleton
 from compressor.model import load_tokenizer, materialise
-from compressor.quantize import RtnParams
+from compressor.quantize import GridParams
 from compressor.records import Scores, Selection
 from compressor.text import windows
 from compressor.trial import Trial
@@ -132,7 +132,7 @@ def quantize(job: Job) -> dict[str, Any]:
     from compressor.quantize.driver import quantize as drive
 
     name, params = job.method
-    assert isinstance(params, RtnParams)
+    assert isinstance(params, GridParams)
     tokens = _tokens(job, "calibration") if "calibration" in job.inputs else None
     return drive(
         job.inputs["checkpoint"],

@@ -171,13 +171,16 @@ def heal(**params: Any) -> dict[str, Any]:
 
 
 @_verb("quantize", "calibration")
-def quantize(**params: Any) -> dict[str, Any]:
-    """Store the linears of MODEL in few bits, as compressed-tensors that runtimes load.
+def quantize(scheme: Any = None, **params: Any) -> dict[str, Any]:
+    """Store the linears of MODEL in few bits, in a file that runtimes load, and say which do.
 
     \b
     compress quantize MODEL --bits 4 --group-size 64 --text corpus.txt -o model-4bit
+    compress quantize MODEL --bits 4 --scheme widths.yaml --text corpus.txt -o model-mixed
     """
-    return {"stages": [{"quantize": params}]}
+    if isinstance(scheme, str):
+        scheme = read_yaml(Path(scheme), "--scheme")
+    return {"stages": [{"quantize": params | ({"scheme": scheme} if scheme else {})}]}
 
 
 @_verb("export", None)
@@ -244,6 +247,15 @@ def model_source(model: str) -> dict[str, str]:
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         return {"hub": name, "revision": revision} if revision else {"hub": name}
     raise ConfigError(f"{model}: no such folder or file, and not a hub id such as org/name")
+
+
+def read_yaml(path: Path, option: str) -> Any:
+    """What a YAML or JSON file holds; raises `ConfigError` when it cannot be read."""
+    try:
+        return YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{option} {path}: not a file of YAML or JSON ({reason})") from error
 
 
 def parse_blocks(text: str, option: str = "--blocks") -> list[int]:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from compressor.errors import ConfigError
-from pipelines.config import load
+from compressor.records import Width
+from pipelines.config import RunConfig, load
+from pipelines.verbs import quantize
 
 ROOT = Path(__file__).parents[1]
 GOOD = """\
@@ -146,3 +149,30 @@ def test_files_that_are_no_configuration(tmp_path: Path) -> None:
         load(write(tmp_path, "just words"))
     with pytest.raises(ConfigError, match="expected keys such as name"):
         load(write(tmp_path, ""))
+
+
+@pytest.mark.parametrize(
+    ("form", "text"),
+    [
+        ("yaml", "linears:\n  '*.down_proj': 8\n  '*.o_proj': {bits: 3, group_size: 32}\n"),
+        (
+            "json",
+            '{"linears": {"*.down_proj": 8, "*.o_proj": {"bits": 3, "group_size": 32}}}',
+        ),
+    ],
+)
+def test_a_scheme_is_read_from_a_file(
+    form: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[RunConfig] = []
+    monkeypatch.setattr("pipelines.verbs.execute", lambda checked, *_, **__: seen.append(checked))
+    file = tmp_path / f"plan.{form}"
+    file.write_text(text)
+    arguments = [str(tmp_path), "--method", "rtn", "--scheme", str(file)]
+    assert CliRunner().invoke(quantize, arguments).exit_code == 0
+    plan = dict(seen[0].stages[0].methods["rtn"])["scheme"]
+    assert list(plan.linears) == ["*.down_proj", "*.o_proj"]
+    assert plan.linears["*.down_proj"] == Width(bits=8)
+    assert plan.linears["*.o_proj"] == Width(bits=3, group_size=32)
+    file.write_text("linears: [")
+    assert "not a file of YAML or JSON" in str(CliRunner().invoke(quantize, arguments).exception)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -21,9 +22,9 @@ from compressor.quantize import GptqParams, RtnParams
 from compressor.quantize.driver import quantize
 from compressor.quantize.gptq import gptq, inverse_factor, sweep
 from compressor.quantize.grid import Grid, QuantizedWeight
-from compressor.quantize.inputs import input_gram, input_groups
+from compressor.quantize.inputs import Group, Moments, input_groups, quantize_in_turn
 from compressor.quantize.rtn import rtn
-from compressor.walk import Stream, walk
+from compressor.walk import Step, Stream, walk
 from tests.tiny import save_tiny, tokens
 
 GRID = Grid(3, 8, torch.float32)
@@ -72,9 +73,10 @@ def test_methods_vector_t5() -> None:
     assert float(change @ hessian @ change.T) == pytest.approx(0.190800, abs=2e-6)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_no_grid_point_beats_rounding(bits: int) -> None:
-    grid = Grid(bits, 8, torch.float16)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_no_grid_point_beats_rounding(bits: int, symmetric: bool) -> None:
+    grid = Grid(bits, 8, torch.float16, symmetric=symmetric)
     weight = matrix()
     result = rtn(weight, None, grid)
     assert (
@@ -83,22 +85,23 @@ def test_no_grid_point_beats_rounding(bits: int) -> None:
         < int(result.integers.max())
         < 2 ** (bits - 1)
     )
-    levels = torch.arange(grid.low, grid.high + 1)
-    points = result.scale.float().repeat_interleave(8, dim=1).unsqueeze(-1) * levels
+    levels = torch.arange(grid.low, grid.high + 1).expand(12, 4, -1)
+    if result.zero_point is not None:
+        levels = levels - result.zero_point.unsqueeze(-1)
+    points = (result.scale.float().unsqueeze(-1) * levels).repeat_interleave(8, dim=1)
     nearest = (points - weight.unsqueeze(-1)).abs().amin(-1)
-    spread = result.scale.float().repeat_interleave(8, dim=1)
-    torch.testing.assert_close((result.integers * spread - weight).abs(), nearest)
+    torch.testing.assert_close((result.dequantize() - weight).abs(), nearest)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_scales_are_exact_in_the_dtype_they_are_stored_in(dtype: torch.dtype) -> None:
     for search in (True, False):
-        scale = Grid(4, 8, dtype, search).scales(matrix())
+        scale = Grid(4, 8, dtype, search).fit(matrix())[0]
         assert torch.equal(scale, scale.to(dtype).float())
     small = matrix() * 1e-3
     off = rtn(small, None, Grid(8, 8, dtype)).dequantize().float() - small
     assert off.norm() < 0.01 * small.norm()
-    assert (Grid(4, 8, dtype).scales(torch.full((2, 8), 1e-12)) > 0).all()
+    assert (Grid(4, 8, dtype).fit(torch.full((2, 8), 1e-12))[0] != 0).all()
     zeros = rtn(torch.zeros(2, 8), None, Grid(4, 8, dtype))
     assert torch.equal(zeros.dequantize(), torch.zeros(2, 8, dtype=dtype))
 
@@ -111,16 +114,18 @@ def test_unsearched_scale_spends_every_level() -> None:
     assert result.integers.tolist() == [[7, -1, 0, 4, -8, 5, 0, 1]]
 
 
-def test_searched_scales_lower_the_weighted_error() -> None:
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_searched_scales_lower_the_weighted_error(symmetric: bool) -> None:
     weight, importance = matrix(), torch.rand(32, generator=torch.Generator().manual_seed(2)) + 0.01
 
-    def error(scale: Tensor) -> Tensor:
-        spread = scale.repeat_interleave(8, dim=1)
-        off = (GRID.quantize(weight, spread) * spread - weight).square() * importance
+    def error(grid: Grid, weights: Tensor | None = None) -> Tensor:
+        found = rtn(weight, None if weights is None else torch.diag(weights), grid)
+        off = (found.dequantize() - weight).square() * importance
         return off.unflatten(1, (-1, 8)).sum(-1)
 
-    plain = error(Grid(3, 8, torch.float32, search=False).scales(weight))
-    unweighted, weighted = error(GRID.scales(weight)), error(GRID.scales(weight, importance))
+    plain = error(Grid(3, 8, torch.float32, search=False, symmetric=symmetric))
+    grid = Grid(3, 8, torch.float32, symmetric=symmetric)
+    unweighted, weighted = error(grid), error(grid, importance)
     assert (weighted <= plain).all() and (weighted <= unweighted).all()
     assert weighted.sum() < unweighted.sum() < plain.sum()
 
@@ -146,28 +151,35 @@ def test_gptq_beats_rounding_on_correlated_inputs(bits: int, act_order: bool) ->
 
 
 @pytest.mark.parametrize("act_order", [True, False])
-def test_textbook_loop_equals_the_fast_one(act_order: bool) -> None:
-    weight, gram = matrix(12, 160), gram_of(correlated(160))
-    naive = textbook(weight.double(), gram.double(), act_order)
-    fast = gptq_(weight, gram, GRID, act_order).double()
-    torch.testing.assert_close(fast, naive, rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group_size", [8, None])
+def test_textbook_loop_equals_the_fast_one(
+    act_order: bool, symmetric: bool, group_size: int | None
+) -> None:
+    grid = Grid(3, group_size, torch.float32, symmetric=symmetric)
+    weight, gram = matrix(12, 160).double(), gram_of(correlated(160)).double()
+    naive = textbook(weight, gram, grid, act_order)
+    fast = gptq_(weight, gram, grid, act_order).double()
+    torch.testing.assert_close(fast, naive, rtol=1e-6, atol=1e-6)
 
 
-def textbook(weight: Tensor, gram: Tensor, act_order: bool) -> Tensor:
+def textbook(weight: Tensor, gram: Tensor, grid: Grid, act_order: bool) -> Tensor:
     """One column after another, the inverse of what remains recomputed each time (OBQ)."""
-    count, group = len(gram), GRID.group_size
+    count, group = len(gram), grid.span(len(gram))
     ridged = gram + 0.01 * gram.diagonal().mean() * torch.eye(count).double()
     order = gram.diagonal().argsort(descending=True).tolist() if act_order else list(range(count))
-    scale = GRID.scales(weight, gram.diagonal()).double()
+    scale, zero = grid.fit(weight, gram.diagonal())
     left = weight.clone()
     for done, j in enumerate(order):
         g = j // group
         if not act_order and j % group == 0:
             span = slice(j, j + group)
-            scale[:, g] = GRID.scales(left[:, span], gram.diagonal()[span])[:, 0]
+            found = grid.fit(left[:, span], gram.diagonal()[span])
+            scale[:, g], zero[:, g] = found[0][:, 0], found[1][:, 0]
         rest = order[done:]
         inverse = torch.linalg.inv(ridged[rest][:, rest])
-        rounded = (left[:, j] / scale[:, g]).round().clamp(-4, 3) * scale[:, g]
+        code = (left[:, j] / scale[:, g]).round() + zero[:, g]
+        rounded = (code.clamp(grid.low, grid.high) - zero[:, g]) * scale[:, g]
         error = (left[:, j] - rounded) / inverse[0, 0]
         left[:, rest] -= error[:, None] * inverse[0]
         left[:, j] = rounded
@@ -253,22 +265,57 @@ def test_groups_are_found_by_watching(family: str, tmp_path: Path) -> None:
     save_tiny(tmp_path, family)
     decoder = Decoder(tmp_path)
     for step in walk(Stream(decoder, tokens(2), batch_size=1)):
-        groups = input_groups(step, decoder.blocks.linears(step.index))
-        found = [{name.rpartition(".")[2] for name, _ in group} for group in groups]
+        groups = input_groups(decoder, tokens(), step.index)
+        found = [{name.rpartition(".")[2] for name in group} for group in groups]
         assert found == [set(group.split()) for group in GROUPS[family].split(", ")]
 
 
-def test_forwards_stop_at_the_linear_whose_inputs_are_wanted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_batches_give_the_moments_of_one_batch(family: str, tmp_path: Path) -> None:
+    """Whether the other batches run again, each group sees what one big forward shows it."""
+    save_tiny(tmp_path, family)
+
+    def moments(batch_size: int) -> list[dict[str, Tensor]]:
+        decoder, found = Decoder(tmp_path), []
+        stream = Stream(decoder, tokens(5), batch_size)
+        twin = stream.twin()
+        for step in walk(stream):
+            seen: dict[str, Tensor] = {}
+
+            def halve(group: Group, moments: Moments, seen: dict[str, Tensor] = seen) -> None:
+                assert moments.cross is not None
+                seen[group.leader] = torch.stack([moments.gram, moments.cross])
+                for linear in group.values():
+                    linear.weight.data *= 0.5
+
+            original = Step(twin, step.index, copy.deepcopy(step.block))
+            quantize_in_turn(step, original, input_groups(decoder, tokens(), step.index), halve)
+            for each in (step, original):
+                for _ in each.advance():
+                    pass
+            found.append(seen)
+        return found
+
+    once = moments(5)
+    for batch_size in (1, 2, 4):
+        torch.testing.assert_close(moments(batch_size), once, rtol=1e-4, atol=1e-4)
+    first = next(iter(once[0].values()))
+    assert not first[1].any() and once[1][next(iter(once[1]))][1].any()
+
+
+def test_with_one_batch_nothing_runs_twice(tmp_path: Path) -> None:
     save_tiny(tmp_path, "llama")
     decoder = Decoder(tmp_path)
-    for step in walk(Stream(decoder, tokens(3), batch_size=2)):
-        linears = decoder.blocks.linears(step.index)
-        later: list[Tensor] = []
-        name = next(name for name in linears if name.endswith("down_proj"))
-        handle = linears[name].register_forward_pre_hook(lambda _, x, seen=later: seen.append(x[0]))
-        first = next(linear for name, linear in linears.items() if name.endswith("o_proj"))
-        assert input_gram(step, first).shape == (32, 32) and not later
-        handle.remove()
+    stream = Stream(decoder, tokens(3), batch_size=3)
+    for step in walk(stream):
+        groups = input_groups(decoder, tokens(), step.index)
+        runs: list[int] = []
+        for linear in decoder.blocks.linears(step.index).values():
+            linear.register_forward_hook(lambda _, x, out, runs=runs: runs.append(len(x[0])))
+        quantize_in_turn(step, None, groups, lambda *_: None)
+        assert runs == [3] * 7
+        for linear in decoder.blocks.linears(step.index).values():
+            linear._forward_hooks.clear()
 
 
 def save_half(
@@ -344,7 +391,14 @@ def test_all_but_the_linears_is_copied_bitwise(tmp_path: Path) -> None:
 def test_driver_equals_a_naive_walk_in_true_sequential_order(tmp_path: Path) -> None:
     source, out = tmp_path / "source", tmp_path / "out"
     model = save_half(source, "llama", torch.float16, num_hidden_layers=2)
-    quantize(source, out, tokens(4), "gptq", GptqParams(bits=3, group_size=16), batch_size=3)
+    quantize(
+        source,
+        out,
+        tokens(4),
+        "gptq",
+        GptqParams(bits=3, group_size=16, propagation="none"),
+        batch_size=3,
+    )
     naive_walk_(model, Grid(3, 16, torch.float16))
     reader = DenseReader(out)
     differ = {
@@ -387,7 +441,7 @@ def test_report_names_every_linear_and_its_error(tmp_path: Path) -> None:
     for bits in (2, 4, 8):
         out = tmp_path / str(bits)
         summary = quantize(source, out, tokens(4), "gptq", GptqParams(bits=bits, group_size=16))
-        rows = json.loads((out / "quantization.json").read_text())
+        rows = json.loads((out / "quantization.json").read_text())["linears"]
         assert len(rows) == 4 * 7 and all(row["damp"] >= 0.01 for row in rows.values())
         assert summary["raised_damp"] == [n for n, row in rows.items() if row["damp"] > 0.01]
         errors[bits] = summary["mean_relative_error"]

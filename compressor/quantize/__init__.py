@@ -2,24 +2,70 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
 from compressor.methods import Method, Params
+from compressor.records import BitPlan, Bits
 
-Bits = Literal[2, 3, 4, 8]
+Kind = Literal["qkv", "o", "gate_up", "down"]
+"""What a linear does in its block: reads or ends the attention, reads or ends the feed-forward."""
+
+KINDS: tuple[Kind, ...] = get_args(Kind)
+Alpha = Annotated[float, Field(ge=0, le=1)]
+Ridge = Annotated[float, Field(ge=0)]
+PROPAGATION: dict[str, tuple[dict[Kind, float], float]] = {
+    "tuned": (dict.fromkeys(KINDS, 0.75), 0.2),
+    "official": ({"qkv": 0.5, "o": 0.5, "gate_up": 0.5, "down": 0.0}, 1.0),
+    "onecompression": ({"qkv": 0.5, "o": 0.5, "gate_up": 0.5, "down": 0.0}, 0.01),
+    "none": (dict.fromkeys(KINDS, 0.0), 0.0),
+}
+"""Sets of alpha per kind and ridge: ours, the paper's command line, its later library, off."""
 
 
-class RtnParams(Params):
-    """Parameters of round-to-nearest."""
+class GridParams(Params):
+    """Parameters of the grid."""
 
     bits: Bits = Field(4, description="bits per weight")
-    group_size: int = Field(128, gt=0, description="inputs that share a scale")
-    search: bool = Field(True, description="shrink each scale to the least squared error")
+    group_size: int = Field(128, ge=0, description="inputs that share a scale; 0: whole rows")
+    symmetric: bool = Field(True, description="no zero points, which every reader loads")
+    search: bool = Field(True, description="place each grid where its error is least")
+    scheme: BitPlan | None = Field(
+        None, description="widths of some linears (on the command line a file)"
+    )
+    format: Literal["compressed-tensors", "gptq"] = Field(
+        "compressed-tensors", description="what the file is written in"
+    )
 
 
-class GptqParams(RtnParams):
+class RtnParams(GridParams):
+    """Parameters of round-to-nearest."""
+
+
+class PropagatingParams(GridParams):
+    """Parameters of methods that correct each linear for the error of its inputs."""
+
+    propagation: Literal["tuned", "official", "onecompression", "none"] = Field(
+        "tuned", description="set of alpha and ridge for quantization error propagation"
+    )
+    alpha: Alpha | dict[Kind, Alpha] | None = Field(
+        None, description="share of the correction, for all linears or by kind, over the set's"
+    )
+    ridge: Ridge | dict[Kind, Ridge] | None = Field(
+        None, description="ridge of the correction over the gram's mean diagonal, over the set's"
+    )
+
+    def strengths(self) -> dict[Kind, tuple[float, float]]:
+        """(alpha, ridge) of each kind."""
+        alphas, ridge = PROPAGATION[self.propagation]
+        ridges: dict[Kind, float] = dict.fromkeys(KINDS, ridge)
+        alphas = alphas | _by_kind(self.alpha)
+        ridges |= _by_kind(self.ridge)
+        return {kind: (alphas[kind], ridges[kind]) for kind in KINDS}
+
+
+class GptqParams(PropagatingParams):
     """Parameters of GPTQ."""
 
     damp: float = Field(
@@ -28,14 +74,21 @@ class GptqParams(RtnParams):
     act_order: bool = Field(True, description="columns with the largest inputs first")
 
 
+def _by_kind(value: float | dict[Kind, float] | None) -> dict[Kind, float]:
+    if value is None:
+        return {}
+    return value if isinstance(value, dict) else dict.fromkeys(KINDS, value)
+
+
 METHODS = {
     "gptq": Method(
         "compressor.quantize.gptq:gptq",
         GptqParams,
-        "column by column, each error folded into the columns to come",
-        "arXiv:2210.17323 section 3",
-        "about 2 forwards and one factorisation per group of linears",
+        "column by column, each error folded into the columns to come, on corrected weights",
+        "arXiv:2210.17323 section 3, arXiv:2504.09629 section 5",
+        "2 forwards, 3 products of the inputs and 2 factorisations per group of linears",
         ("calibration",),
+        2,
     ),
     "rtn": Method(
         "compressor.quantize.rtn:rtn",
@@ -43,5 +96,15 @@ METHODS = {
         "round to nearest, group by group",
         "arXiv:2210.17323 section 4 (baseline)",
         "weights only",
+        (),
+        2,
+    ),
+    "qep_rtn": Method(
+        "compressor.quantize.rtn:rtn",
+        PropagatingParams,
+        "round to nearest after correcting for the error of the inputs",
+        "arXiv:2504.09629 section 5",
+        "2 forwards, 3 products of the inputs and a factorisation per group of linears",
+        ("calibration",),
     ),
 }

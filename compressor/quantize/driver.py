@@ -2,29 +2,77 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from compressor import progress
-from compressor.blocks import weight_of
+from compressor.blocks import Blocks, weight_of
 from compressor.checkpoint import Checkpoint
 from compressor.decoder import Decoder
 from compressor.errors import QuantizationError
-from compressor.quantize import METHODS, RtnParams
+from compressor.quantize import METHODS, GridParams, Kind, PropagatingParams
+from compressor.quantize.error_propagation import propagate_error
+from compressor.quantize.formats import Grids
 from compressor.quantize.grid import Grid, QuantizedWeight
-from compressor.quantize.inputs import Group, input_gram, input_groups
-from compressor.quantize.write import PackedWriter
-from compressor.walk import Stream, walk
+from compressor.quantize.inputs import Group, Moments, input_groups, quantize_in_turn
+from compressor.quantize.lint import lint
+from compressor.quantize.plan import grids
+from compressor.quantize.write import IntegerWriter
+from compressor.records import BitPlan
+from compressor.walk import Step, Stream, walk
 
 Quantizer = Callable[[Tensor, Tensor | None, Grid], QuantizedWeight]
 REPORT = "quantization.json"
+_INPUT_BYTES = 2**28  # of the widest linear's inputs that go through a block at once
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How linears are quantized: each on which grid, by what, corrected how much."""
+
+    grids: Grids
+    quantizer: Quantizer
+    strengths: dict[Kind, tuple[float, float]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, method: str, params: GridParams, grids: Grids) -> Recipe:
+        """The recipe of a method's parameters, on `grids`."""
+        known = {*GridParams.model_fields, *PropagatingParams.model_fields}
+        own = {name: value for name, value in dict(params).items() if name not in known}
+        quantizer = functools.partial(METHODS[method].load(), **own)
+        strengths = params.strengths() if isinstance(params, PropagatingParams) else {}
+        return cls(grids, quantizer, strengths)
+
+    @property
+    def propagates(self) -> bool:
+        """Whether anything is corrected, so that the original's stream is needed."""
+        return any(alpha > 0 for alpha, _ in self.strengths.values())
+
+
+@dataclass
+class BlockResult:
+    """One quantized block.
+
+    Attributes:
+        weights: the integers of each linear by full name.
+        report: per linear, `relative_error` ||(W - Q) X|| / ||W X|| (of its weights without
+            text; W as corrected), `damp` of the quantizer and `ridge` of the correction.
+        drift: ||h - h'|| / ||h|| of the residual stream after the block, original against
+            compressed; None where the original's stream is not kept.
+    """
+
+    weights: dict[str, QuantizedWeight] = field(default_factory=dict)
+    report: dict[str, dict[str, float]] = field(default_factory=dict)
+    drift: float | None = None
 
 
 def quantize(
@@ -32,7 +80,7 @@ def quantize(
     out: Path,
     tokens: Tensor | None,
     method: str,
-    params: RtnParams,
+    params: GridParams,
     *,
     device: str = "cpu",
     batch_size: int = 4,
@@ -40,76 +88,131 @@ def quantize(
     """Write `source` with every linear of its blocks in integers, block by block.
 
     With tokens (N, T), each group of linears sees inputs made by the already quantized
-    ones before it (true sequential order). Per linear, `quantization.json` in `out` holds the
-    relative error of its outputs ||(W - Q) X|| / ||W X|| (of its weights without text) and
-    the ridge that was used. Returns average bits and the mean error.
-    Raises `QuantizationError` before any work when a group size does not divide a width.
+    ones before it (true sequential order). `quantization.json` in `out` holds the report of
+    every linear, the drift of the residual stream by depth and who can load the file. Returns
+    average bits, the mean error, the last drift and the readers in words.
+    Raises `QuantizationError` before any work when the file could not be loaded.
     """
     if Checkpoint(source).quantized:
         raise QuantizationError(f"{source}: already quantized; start from the dense checkpoint")
     decoder = Decoder(source, device)
-    _check_widths(decoder, params.group_size)
-    dtype = decoder.reader.checkpoint.dtype
-    grid = Grid(params.bits, params.group_size, dtype, params.search)
-    extra = {k: v for k, v in dict(params).items() if k not in RtnParams.model_fields}
-    quantizer = functools.partial(METHODS[method].load(), **extra)
+    plan = grids(decoder, params, params.scheme or BitPlan())
+    readers = lint(decoder, plan, params.format)
+    recipe = Recipe.of(method, params, plan)
     report: dict[str, dict[str, float]] = {}
-    with PackedWriter(decoder, out, grid) as writer:
-        for index, results in _blocks(decoder, tokens, quantizer, grid, batch_size):
-            writer.block(index, {name: result for name, (result, _) in results.items()})
-            for name, (result, error) in results.items():
-                report[name] = {"relative_error": error, "damp": result.damp}
+    drifts: list[float] = []
+    with IntegerWriter(decoder, out, plan, params.format) as writer:
+        for result in quantize_blocks(decoder, tokens, recipe, batch_size):
+            writer.block(result.weights)
+            report |= result.report
+            drifts += [] if result.drift is None else [result.drift]
         bits = writer.finish()
-    (out / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    loads = [verdict._asdict() for verdict in readers]
+    text = json.dumps({"linears": report, "drift": drifts, "readers": loads}, indent=1)
+    (out / REPORT).write_text(text + "\n", encoding="utf-8")
     errors = [row["relative_error"] for row in report.values()]
-    raised = [name for name, row in report.items() if row["damp"] > extra.get("damp", row["damp"])]
+    asked = dict(params).get("damp", math.inf)
     return {
         "bits": params.bits,
         "bits_per_weight": bits,
         "mean_relative_error": sum(errors) / len(errors),
-        "raised_damp": raised,
+        "drift": drifts[-1] if drifts else None,
+        "raised_damp": [name for name, row in report.items() if row["damp"] > asked],
+        "readers": {verdict.reader: f"{verdict.speed}: {verdict.why}" for verdict in readers},
     }
 
 
-Results = dict[str, tuple[QuantizedWeight, float]]
+def quantize_blocks(
+    decoder: Decoder, tokens: Tensor | None, recipe: Recipe, batch_size: int = 4
+) -> Iterator[BlockResult]:
+    """Quantize block after block in memory; each is resident, quantized, when it is yielded.
 
-
-def _blocks(
-    decoder: Decoder, tokens: Tensor | None, quantizer: Quantizer, grid: Grid, batch_size: int
-) -> Iterator[tuple[int, Results]]:
+    Without tokens (N, T), from weights alone. With them, batches are made as large as
+    `_INPUT_BYTES` allows, and at least `batch_size` windows.
+    """
     if tokens is None:
         count = len(decoder.blocks)
         for index in progress.track(range(count), "quantize", count):
             with decoder.resident(index), torch.no_grad():
-                results: Results = {}
-                for linear in decoder.blocks.linears(index).items():
-                    results |= _quantize_group([linear], None, quantizer, grid)
-                yield index, results
+                result = BlockResult()
+                for name, linear in decoder.blocks.linears(index).items():
+                    _quantize_group(Group({name: linear}), None, recipe, result)
+                yield result
         return
-    stream = Stream(decoder, tokens, batch_size)
-    decoder.embed(tokens[:1])  # masks for the single window that `input_groups` runs
+    widest = max(weight_of(linear).shape[1] for linear in decoder.blocks.linears(0).values())
+    fits = _INPUT_BYTES // (4 * widest * tokens.shape[1])
+    stream = Stream(decoder, tokens, max(batch_size, fits))
+    twin = stream.twin() if recipe.propagates else None
     for step in walk(stream, "quantize"):
-        results = {}
-        for group in input_groups(step, decoder.blocks.linears(step.index)):
-            gram = input_gram(step, group[0][1])
-            results |= _quantize_group(group, gram, quantizer, grid)
-        yield step.index, results
+        yield _quantize_block(step, twin, tokens, recipe)
 
 
-def _quantize_group(group: Group, gram: Tensor | None, quantizer: Quantizer, grid: Grid) -> Results:
+def _quantize_block(step: Step, twin: Stream | None, tokens: Tensor, recipe: Recipe) -> BlockResult:
+    """Quantize the block of a step and move both streams past it."""
+    decoder, result = step.stream.decoder, BlockResult()
+    original = Step(twin, step.index, copy.deepcopy(step.block)) if twin else None
+
+    def take(group: Group, moments: Moments) -> None:
+        kind = kind_of(group.leader, groups, decoder.blocks, step.index)
+        alpha, ridge = recipe.strengths.get(kind, (0.0, 0.0))
+        for grid in dict.fromkeys(recipe.grids[name] for name in group):
+            same = Group({n: linear for n, linear in group.items() if recipe.grids[n] == grid})
+            _quantize_group(same, moments, recipe, result, alpha=alpha, ridge=ridge)
+
+    groups = input_groups(decoder, tokens, step.index)
+    quantize_in_turn(step, original, groups, take)
+    lost = total = 0.0
+    for _ in step.advance():
+        pass
+    if original:
+        for _ in original.advance():
+            pass
+        for rows in step.stream.batches:
+            x = original.stream.x[rows].double()
+            lost += float((step.stream.x[rows] - x).square().sum())
+            total += float(x.square().sum())
+        result.drift = math.sqrt(lost / total)
+    return result
+
+
+def kind_of(leader: str, groups: list[Group], blocks: Blocks, index: int) -> Kind:
+    """Which kind of linear leads a group: the first or a later group of its sublayer."""
+    attention = tuple(blocks.attention(index))
+    inside = [group.leader.startswith(attention) for group in groups]
+    mine = leader.startswith(attention)
+    first = leader == groups[inside.index(mine)].leader
+    if mine:
+        return "qkv" if first else "o"
+    return "gate_up" if first else "down"
+
+
+def _quantize_group(
+    group: Group,
+    moments: Moments | None,
+    recipe: Recipe,
+    result: BlockResult,
+    *,
+    alpha: float = 0.0,
+    ridge: float = 0.0,
+) -> None:
     """Quantize linears that share inputs as one tall matrix; the block gets the result."""
-    weights = [weight_of(linear).data for _, linear in group]
+    weights = [weight_of(linear).data for linear in group.values()]
+    gram, cross = (moments.gram, moments.cross) if moments else (None, None)
+    stacked, used = torch.cat(weights).float(), 0.0
     try:
-        stacked = quantizer(torch.cat(weights), gram, grid)
+        if alpha and cross is not None and gram is not None:
+            stacked, used = propagate_error(stacked, cross, gram, alpha=alpha, damp=ridge)
+        quantized = recipe.quantizer(stacked, gram, recipe.grids[group.leader])
     except QuantizationError as error:
-        raise QuantizationError(f"{group[0][0]}: {error}") from error
-    results: Results = {}
-    parts = stacked.split([len(weight) for weight in weights])
-    for (name, _), weight, part in zip(group, weights, parts, strict=True):
-        rounded = part.dequantize().to(weight.dtype)
-        results[name] = (part, _relative_error(weight.float(), rounded.float(), gram))
+        raise QuantizationError(f"{group.leader}: {error}") from error
+    rows = [len(weight) for weight in weights]
+    parts = zip(group, weights, quantized.split(rows), stacked.split(rows), strict=True)
+    for name, weight, part, target in parts:
+        rounded = part.dequantize()
+        lost = _relative_error(target, rounded, gram)
+        result.weights[name] = part
+        result.report[name] = {"relative_error": lost, "damp": part.damp, "ridge": used}
         weight.copy_(rounded)
-    return results
 
 
 def _relative_error(weight: Tensor, rounded: Tensor, gram: Tensor | None) -> float:
@@ -119,26 +222,3 @@ def _relative_error(weight: Tensor, rounded: Tensor, gram: Tensor | None) -> flo
         return (w * (w if gram is None else w @ gram)).sum().clamp(min=0)
 
     return float((energy(weight - rounded) / energy(weight).clamp(min=1e-30)).sqrt())
-
-
-def _check_widths(decoder: Decoder, group_size: int) -> None:
-    linears = {
-        name: linear
-        for index in range(len(decoder.blocks))
-        for name, linear in decoder.blocks.linears(index).items()
-    }
-    for name, linear in linears.items():
-        if not isinstance(linear, nn.Linear):
-            raise QuantizationError(
-                f"{name} is a {type(linear).__name__}, which no runtime loads quantized; "
-                "this family can be pruned and healed, not quantized"
-            )
-    widths = {name: weight_of(linear).shape[1] for name, linear in linears.items()}
-    common = math.gcd(*widths.values())
-    fits = [size for size in (256, 128, 64, 32, 16) if common % size == 0] or [common]
-    for name, width in widths.items():
-        if width % group_size:
-            raise QuantizationError(
-                f"{name}: its {width} inputs are not a multiple of group_size {group_size}; "
-                f"use {' or '.join(map(str, fits))}, which divides every linear"
-            )

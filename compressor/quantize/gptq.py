@@ -9,9 +9,9 @@ from torch import Tensor
 
 from compressor.errors import QuantizationError
 from compressor.quantize.grid import Grid, QuantizedWeight
+from compressor.quantize.ridge import ridged_cholesky
 
 _BLOCK = 128
-_MOST_DAMP = 1.0
 
 Nearest = Callable[[Tensor, int], Tensor]
 """Nearest grid values (O,) of a column, given all columns (I, O) as compensated so far."""
@@ -22,17 +22,18 @@ def gptq(
 ) -> QuantizedWeight:
     """Minimise tr((W - Q) H (W - Q)^T) greedily (GPTQ, arXiv:2210.17323 section 3).
 
-    weight (O, I); gram H = mean of x x^T (I, I). With `act_order`, columns go by falling
-    diagonal of H and every scale comes from the original weights (static groups), so no
-    column changes its group and no index is stored. Without, a group's scales come from its
+    weight (O, I); gram H = mean of x x^T (I, I), whose dtype (float32 or 64) is computed in.
+    With `act_order`, columns go by falling diagonal of H and every scale comes from the
+    original weights (static groups), so no column changes its group and no index is stored.
+    Without, a group's scales come from its
     weights as compensated when the sweep gets there. Inputs that are always zero have no say:
     their columns are rounded to nearest (the original zeroes them, which trusts the
     calibration text more than it deserves). When H + damp mean(diag H) I is not positive
     definite the ridge grows tenfold up to 1 and the value used is recorded.
     Raises `QuantizationError` for a gram that is not finite, is zero or cannot be factored.
     """
-    weight, hessian = weight.float(), gram.float().clone()
-    importance = gram.diagonal().float()
+    weight, hessian = weight.to(gram.dtype), gram.clone()
+    importance = gram.diagonal()
     if not torch.isfinite(hessian).all():
         raise QuantizationError("its inputs hold NaN or infinity; calibrate in float32")
     dead = importance == 0
@@ -43,22 +44,24 @@ def gptq(
     if act_order:
         order = importance.argsort(descending=True, stable=True)
     factor, used = inverse_factor(hessian[order][:, order], damp)
-    group = grid.group_size
-    scale = grid.scales(weight, importance)
-    integers = torch.empty(weight.T.shape, dtype=torch.int8, device=weight.device)
+    group = grid.span(weight.shape[1])
+    scale, zero = grid.fit(weight, importance)
+    levels = weight.new_empty(weight.T.shape)
     home = order.tolist()
 
     def nearest(columns: Tensor, index: int) -> Tensor:
+        column, g = home[index], home[index] // group
         if not act_order and index % group == 0:
             chunk = slice(index, index + group)
-            scale[:, index // group] = grid.scales(columns[chunk].T, importance[chunk])[:, 0]
-        step = scale[:, home[index] // group]
-        integer = grid.quantize(columns[index], step)
-        integers[home[index]] = integer.to(torch.int8)
-        return integer * step
+            found = grid.fit(columns[chunk].T, importance[chunk])
+            scale[:, g], zero[:, g] = found[0][:, 0], found[1][:, 0]
+        levels[column] = grid.levels(columns[index], scale[:, g], zero[:, g])
+        return levels[column] * scale[:, g]
 
-    sweep(weight[:, order], factor, nearest, max(group, _BLOCK // group * group))
-    return QuantizedWeight(integers.T.contiguous(), scale.to(grid.dtype), used)
+    aligned = act_order or group % _BLOCK == 0  # a group must start on updated columns
+    block = _BLOCK if aligned else max(group, _BLOCK // group * group)
+    sweep(weight[:, order], factor, nearest, block)
+    return grid.store(levels.T.contiguous(), scale, zero, used)
 
 
 def sweep(weight: Tensor, factor: Tensor, nearest: Nearest, block: int = _BLOCK) -> Tensor:
@@ -88,15 +91,6 @@ def inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, float]:
     With H = R R^T, R upper triangular (the Cholesky factor of H read backwards), U = R^-1:
     one factorisation, and the inverse itself is never formed.
     """
-    mean = hessian.diagonal().mean()
-    identity = torch.eye(len(hessian)).to(hessian)
-    while damp <= _MOST_DAMP:
-        lower, failed = torch.linalg.cholesky_ex((hessian + damp * mean * identity).flip(0, 1))
-        if not failed:
-            upper = lower.flip(0, 1)
-            return torch.linalg.solve_triangular(upper, identity, upper=True), damp
-        damp *= 10
-    raise QuantizationError(
-        f"the gram of its inputs is not positive definite even with a ridge of {_MOST_DAMP}; "
-        "calibrate on more windows"
-    )
+    lower, used = ridged_cholesky(hessian.flip(0, 1), damp)
+    identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+    return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True), used

@@ -1,4 +1,4 @@
-"""The grid of integers a weight may take, and the scales that place it."""
+"""The grid of integers a weight may take, and the scales and zero points that place it."""
 
 from __future__ import annotations
 
@@ -8,24 +8,32 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compressor.errors import QuantizationError
+from compressor.layouts import Codes
+
 _SHRINKS = [1 - step / 50 for step in range(35)]
 _CACHED = 2**18  # weights searched together: few enough to stay in a core's cache
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Symmetric integers -2^(b-1) .. 2^(b-1) - 1, one scale per group of inputs.
+    """Integers q in -2^(b-1) .. 2^(b-1) - 1, one scale s per group of inputs: w = (q - z) s.
 
     Attributes:
+        bits: 2, 3, 4, 5, 6 or 8.
+        group_size: inputs that share a scale; None or 0: all of a row (per channel).
         dtype: what scales are stored in; they are rounded to it before anything is
             quantized, so what is measured is what is shipped.
-        search: shrink each scale to the least error of its group.
+        search: place each group's grid where its error is least.
+        symmetric: z = 0 everywhere and nothing is stored for it. A scale may be negative,
+            which gives the one level that has no opposite to the side that needs it.
     """
 
     bits: int
-    group_size: int
+    group_size: int | None
     dtype: torch.dtype = torch.float16
     search: bool = True
+    symmetric: bool = True
 
     @property
     def low(self) -> int:
@@ -37,69 +45,108 @@ class Grid:
         """Highest integer."""
         return (1 << self.bits - 1) - 1
 
-    def scales(self, weight: Tensor, importance: Tensor | None = None) -> Tensor:
-        """One scale per row and group: (O, I / group_size) float32, exact in `dtype`.
+    def span(self, width: int) -> int:
+        """Inputs in a group of a matrix of `width` inputs.
 
-        s = 2 max |w| / (2^b - 1), which clips the largest positive weight by half a step and
-        wastes no level. With `search`, the best of 35 shrunk scales (1, 0.98, .. 0.32) by
-        sum of importance * (q(w) - w)^2, `importance` being the mean square of each input
-        (I,): the error of the output as far as inputs are uncorrelated.
+        Raises `QuantizationError` when the group size does not divide the width.
         """
-        groups = weight.float().unflatten(1, (-1, self.group_size))
-        full = groups.abs().amax(-1) * 2 / (2**self.bits - 1)
-        full = torch.where(full > 0, full, 1.0)
-        if not self.search:
-            return self._storable(full)
+        span = self.group_size or width
+        if width % span:
+            fits = [size for size in (256, 128, 64, 32, 16) if width % size == 0]
+            raise QuantizationError(
+                f"its {width} inputs are not a multiple of group_size {span}; "
+                f"use {' or '.join(map(str, fits)) or 0} (0: one scale per row)"
+            )
+        return span
+
+    def fit(self, weight: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Scales, exact in `dtype`, and zero points, (O, groups) each, of weight (O, I).
+
+        The grid covers the group from lo to hi (zero included): asymmetric s = (hi - lo) /
+        (2^b - 1) and z = round(-lo / s) - 2^(b-1) (arXiv:2210.17323's code); symmetric
+        s = 2 max |w| / (2^b - 1), which clips the largest weight by half a step and wastes no
+        level. With `search`, the best of shrunk grids (1, 0.98, .. 0.32) by the sum of
+        importance * (q(w) - w)^2, `importance` (I,) being the mean square of each input:
+        the error of the output as far as inputs are uncorrelated.
+        """
+        groups = weight.unflatten(1, (-1, self.span(weight.shape[1])))
         if importance is None:
-            importance = torch.ones(weight.shape[1], device=weight.device)
+            importance = weight.new_ones(weight.shape[1])
         shares = importance / importance.mean().clamp(min=1e-30)
-        shares = shares.unflatten(0, (-1, self.group_size))
+        shares = shares.unflatten(0, (-1, groups.shape[-1]))
         rows = max(1, _CACHED // weight.shape[1])
-        parts = zip(groups.split(rows), full.split(rows), strict=True)
-        return torch.cat([self._search(*part, shares) for part in parts])
+        parts = [self._best(part, shares) for part in groups.split(rows)]
+        return torch.cat([scale for scale, _ in parts]), torch.cat([zero for _, zero in parts])
 
-    def quantize(self, columns: Tensor, scale: Tensor) -> Tensor:
-        """Nearest integers, as floats: clamp(round(w / s)); half to even."""
-        return (columns / scale).round_().clamp_(self.low, self.high)
+    def levels(self, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """Nearest levels q - z as floats: clamp(round(w / s)); half to even; shapes broadcast."""
+        return (weight / scale).round_().clamp_(self.low - zero, self.high - zero)
 
-    def _search(self, groups: Tensor, full: Tensor, shares: Tensor) -> Tensor:
-        best = torch.full_like(full, torch.inf)
-        chosen = full
+    def store(
+        self, levels: Tensor, scale: Tensor, zero: Tensor, damp: float = 0.0
+    ) -> QuantizedWeight:
+        """What is kept of levels (O, I) with scales and zero points (O, groups)."""
+        integers = levels.unflatten(1, (scale.shape[1], -1)) + zero.unsqueeze(-1)
+        kept = None if self.symmetric else zero.to(torch.int8)
+        return QuantizedWeight(
+            integers.flatten(1).to(torch.int8), scale.to(self.dtype), kept, self, damp
+        )
+
+    def _best(self, groups: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+        """The best candidate for each group of (O, groups, span)."""
+        best, *others = self._candidates(groups) if self.search else [self._place(groups, 1.0)]
+        least = self._error(groups, shares, *best) if others else best[0]
+        scale, zero = best
+        for candidate in others:
+            error = self._error(groups, shares, *candidate)
+            better = error < least
+            least = torch.where(better, error, least)
+            scale = torch.where(better, candidate[0], scale)
+            zero = torch.where(better, candidate[1], zero)
+        return scale, zero
+
+    def _candidates(self, groups: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         for shrink in _SHRINKS:
-            scale = self._storable(full * shrink)
-            step = scale.unsqueeze(-1)
-            off = self.quantize(groups, step).mul_(step).sub_(groups)
-            error = off.square_().mul_(shares).sum(-1)
-            better = error < best
-            best = torch.where(better, error, best)
-            chosen = torch.where(better, scale, chosen)
-        return chosen
+            scale, zero = self._place(groups, shrink)
+            yield scale, zero
+            if self.symmetric:
+                yield -scale, zero
+
+    def _place(self, groups: Tensor, shrink: float) -> tuple[Tensor, Tensor]:
+        """The grid that covers `shrink` of each group's range."""
+        lo, hi = groups.amin(-1).clamp(max=0) * shrink, groups.amax(-1).clamp(min=0) * shrink
+        if self.symmetric:
+            scale = self._storable(torch.maximum(-lo, hi) * 2 / (2**self.bits - 1))
+            return scale, torch.zeros_like(scale)
+        scale = self._storable((hi - lo) / (2**self.bits - 1))
+        return scale, (self.low - (lo / scale).round()).clamp(self.low, self.high)
+
+    def _error(self, groups: Tensor, shares: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        step, zero = scale.unsqueeze(-1), zero.unsqueeze(-1)
+        off = self.levels(groups, step, zero).mul_(step).sub_(groups)
+        return off.square_().mul_(shares).sum(-1)
 
     def _storable(self, scale: Tensor) -> Tensor:
-        stored = scale.to(self.dtype).float()
+        """Scales as they will be read back; 1 where a group is all zero."""
+        stored = torch.where(scale > 0, scale, 1.0).to(self.dtype).to(scale.dtype)
         return torch.where(stored > 0, stored, torch.finfo(self.dtype).tiny)
 
 
 @dataclass(frozen=True)
-class QuantizedWeight:
-    """A matrix in integers.
+class QuantizedWeight(Codes):
+    """A matrix in integers and how it came about.
 
     Attributes:
-        integers: (O, I) int8 within the grid.
-        scale: (O, I / group_size) in the grid's dtype.
+        grid: where the integers and the dtype of the scale come from.
         damp: ridge that was used, as a share of the mean diagonal; 0 without one.
     """
 
-    integers: Tensor
-    scale: Tensor
+    grid: Grid
     damp: float = 0.0
-
-    def dequantize(self) -> Tensor:
-        """w = q s, (O, I) float32, which holds the product of 8 bits and a half exactly."""
-        groups = self.integers.float().unflatten(1, (self.scale.shape[1], -1))
-        return (groups * self.scale.float().unsqueeze(-1)).flatten(1)
 
     def split(self, rows: list[int]) -> Iterator[QuantizedWeight]:
         """Yield the matrices that were stacked, `rows` outputs each."""
-        for integers, scale in zip(self.integers.split(rows), self.scale.split(rows), strict=True):
-            yield QuantizedWeight(integers, scale, self.damp)
+        integers, scale = self.integers.split(rows), self.scale.split(rows)
+        zeros = [None] * len(rows) if self.zero_point is None else self.zero_point.split(rows)
+        for part in zip(integers, scale, zeros, strict=True):
+            yield QuantizedWeight(*part, self.grid, self.damp)
