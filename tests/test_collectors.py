@@ -348,9 +348,9 @@ def test_every_forward_score_shares_one_walk(llama: Path, monkeypatch: pytest.Mo
     calls: list[int] = []
     run = Decoder.run
 
-    def counted(self: Decoder, index: int, x: Tensor) -> Tensor:
+    def counted(self: Decoder, index: int, x: Tensor, block: Any = None) -> Tensor:
         calls.append(index)
-        return run(self, index, x)
+        return run(self, index, x, block)
 
     monkeypatch.setattr(Decoder, "run", counted)
     shared = [n for n, row in METHODS.items() if row.cost == "1 forward, shared"] + ["zd"]
