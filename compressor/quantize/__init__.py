@@ -69,9 +69,12 @@ class GptqParams(PropagatingParams):
     """Parameters of GPTQ."""
 
     damp: float = Field(
-        0.01, gt=0, le=1, description="ridge, as a share of the gram's mean diagonal"
+        0.1, gt=0, le=1, description="ridge, as a share of the gram's mean diagonal"
     )
     act_order: bool = Field(True, description="columns with the largest inputs first")
+    polish: int = Field(
+        1, ge=0, description="rounds of re-solved scales and coordinate descent after the sweep"
+    )
 
 
 def _by_kind(value: float | dict[Kind, float] | None) -> dict[Kind, float]:

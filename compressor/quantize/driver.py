@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from compressor import progress
-from compressor.blocks import Blocks, weight_of
+from compressor.blocks import weight_of
 from compressor.checkpoint import Checkpoint
 from compressor.decoder import Decoder
 from compressor.errors import QuantizationError
@@ -24,6 +24,7 @@ from compressor.quantize.error_propagation import propagate_error
 from compressor.quantize.formats import Grids
 from compressor.quantize.grid import Grid, QuantizedWeight
 from compressor.quantize.inputs import Group, Moments, input_groups, quantize_in_turn
+from compressor.quantize.kinds import kind_of
 from compressor.quantize.lint import lint
 from compressor.quantize.plan import grids
 from compressor.quantize.write import IntegerWriter
@@ -153,13 +154,14 @@ def _quantize_block(step: Step, twin: Stream | None, tokens: Tensor, recipe: Rec
     original = Step(twin, step.index, copy.deepcopy(step.block)) if twin else None
 
     def take(group: Group, moments: Moments) -> None:
-        kind = kind_of(group.leader, groups, decoder.blocks, step.index)
+        kind = kind_of(group.leader, leaders, decoder.blocks, step.index)
         alpha, ridge = recipe.strengths.get(kind, (0.0, 0.0))
         for grid in dict.fromkeys(recipe.grids[name] for name in group):
             same = Group({n: linear for n, linear in group.items() if recipe.grids[n] == grid})
             _quantize_group(same, moments, recipe, result, alpha=alpha, ridge=ridge)
 
     groups = input_groups(decoder, tokens, step.index)
+    leaders = [group.leader for group in groups]
     quantize_in_turn(step, original, groups, take)
     lost = total = 0.0
     for _ in step.advance():
@@ -173,17 +175,6 @@ def _quantize_block(step: Step, twin: Stream | None, tokens: Tensor, recipe: Rec
             total += float(x.square().sum())
         result.drift = math.sqrt(lost / total)
     return result
-
-
-def kind_of(leader: str, groups: list[Group], blocks: Blocks, index: int) -> Kind:
-    """Which kind of linear leads a group: the first or a later group of its sublayer."""
-    attention = tuple(blocks.attention(index))
-    inside = [group.leader.startswith(attention) for group in groups]
-    mine = leader.startswith(attention)
-    first = leader == groups[inside.index(mine)].leader
-    if mine:
-        return "qkv" if first else "o"
-    return "gate_up" if first else "down"
 
 
 def _quantize_group(

@@ -1,0 +1,199 @@
+"""Error propagation against the paper's formula, least squares and the two streams it needs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from compressor.decoder import Decoder
+from compressor.errors import QuantizationError
+from compressor.moments import Cross, Gram
+from compressor.quantize import KINDS, GptqParams, PropagatingParams
+from compressor.quantize.driver import Recipe, quantize, quantize_blocks
+from compressor.quantize.error_propagation import propagate_error
+from compressor.quantize.inputs import input_groups
+from compressor.quantize.kinds import kind_of
+from compressor.walk import Stream, walk
+from tests.tiny import save_tiny, tiny, tokens
+
+
+def double(rows: list[list[float]]) -> Tensor:
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+WEIGHT = double([[1, 2], [0, 1]])
+FULL = double([[1, 0, 1], [0, 1, 1]])
+LOW = double([[1, 0, 0.5], [0, 1, 1.5]])
+
+
+@pytest.mark.parametrize(
+    ("alpha", "damp", "corrected", "residual"),
+    [
+        (0, 0, [[1, 2], [0, 1]], 0.5),
+        (1, 0, [[0.928571, 1.785714], [-0.071429, 0.785714]], 0.142857),
+        (0.5, 0, [[0.964286, 1.892857], [-0.035714, 0.892857]], 0.232143),
+        (0.5, 0.01, [[0.964514, 1.893542], [-0.035486, 0.893542]], 0.233287),
+        (0.5, 1, [[0.978261, 1.934783], [-0.021739, 0.934783]], 0.315690),
+        (1, 1, None, 0.197543),
+    ],
+)
+def test_methods_vector_t6(
+    alpha: float, damp: float, corrected: list[list[float]] | None, residual: float
+) -> None:
+    gram, cross = LOW @ LOW.T, (FULL - LOW) @ LOW.T
+    assert gram.tolist() == [[1.25, 0.75], [0.75, 3.25]]
+    assert cross.tolist() == [[0.25, 0.75], [-0.25, -0.75]]
+    found, used = propagate_error(WEIGHT, cross, gram, alpha=alpha, damp=damp)
+    assert used == damp
+    if corrected:
+        torch.testing.assert_close(found, double(corrected), atol=1e-6, rtol=0)
+    left = (WEIGHT @ FULL - found @ LOW).square().sum()
+    assert float(left) == pytest.approx(residual, abs=1e-6)
+    halves = propagate_error(WEIGHT, cross / 2, gram / 2, alpha=alpha, damp=damp)[0]
+    torch.testing.assert_close(halves, found)
+
+
+def streams(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """W (6, 8) and the inputs of both streams, (50, 8) each."""
+    draw = torch.Generator().manual_seed(seed)
+    weight, x = torch.randn(6, 8, generator=draw), torch.randn(50, 8, generator=draw)
+    return weight, x, x + 0.3 * torch.randn(50, 8, generator=draw)
+
+
+def moments(x: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """(C, H) as the walk gathers them."""
+    gram, cross = Gram(x.shape[1], x.device), Cross(x.shape[1], x.device)
+    for a, b in zip(x.split(20), other.split(20), strict=True):
+        gram.add(b)
+        cross.add(a, b)
+    return cross.mean, gram.mean
+
+
+def test_all_of_it_without_ridge_is_least_squares() -> None:
+    weight, x, other = streams()
+    found, _ = propagate_error(weight, *moments(x, other), alpha=1, damp=0)
+    expected = torch.linalg.lstsq(other.double(), x.double() @ weight.T.double()).solution.T
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_ridge_pulls_towards_the_weight() -> None:
+    """alpha 1 minimises ||W X - V X'||^2 / N + ridge ||V - W||^2: its gradient is zero there."""
+    weight, x, other = (each.double() for each in streams())
+    cross, gram = (x - other).T @ other / 50, other.T @ other / 50
+    found, _ = propagate_error(weight, cross, gram, alpha=1, damp=0.3)
+    ridge = 0.3 * gram.diagonal().mean()
+    slope = (found @ other.T - weight @ x.T) @ other / 50 + ridge * (found - weight)
+    torch.testing.assert_close(slope, torch.zeros_like(slope), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("damp", [0.0, 0.2])
+def test_equal_streams_leave_the_weight_bitwise(damp: float) -> None:
+    weight, x, _ = streams()
+    found, _ = propagate_error(weight, *moments(x, x), alpha=1, damp=damp)
+    assert torch.equal(found, weight)
+
+
+def test_a_singular_gram_gets_a_ridge_that_is_told() -> None:
+    weight, x, other = streams()
+    other[:, 3] = other[:, 2]
+    other[:, 5] = 0
+    found, used = propagate_error(weight, *moments(x, other), alpha=1, damp=0)
+    assert used > 0 and torch.isfinite(found).all()
+    torch.testing.assert_close(found[:, 5], weight[:, 5])
+    with pytest.raises(QuantizationError, match="not positive definite"):
+        propagate_error(weight, torch.eye(8), torch.full((8, 8), torch.nan), alpha=1, damp=0.1)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "opt", "gpt_neox"])
+def test_kinds_of_linears(family: str, tmp_path: Path) -> None:
+    save_tiny(tmp_path, family)
+    decoder = Decoder(tmp_path)
+    for step in walk(Stream(decoder, tokens(2))):
+        groups = input_groups(decoder, tokens(), step.index)
+        leaders = [group.leader for group in groups]
+        kinds = [kind_of(name, leaders, decoder.blocks, step.index) for name in leaders]
+        assert tuple(kinds) == KINDS
+
+
+def test_published_sets_and_values_over_them() -> None:
+    official = PropagatingParams(propagation="official").strengths()
+    assert official == {k: (0.0 if k == "down" else 0.5, 1.0) for k in KINDS}
+    later = PropagatingParams(propagation="onecompression").strengths()
+    assert later["qkv"] == (0.5, 0.01) and later["down"][0] == 0
+    mixed = PropagatingParams(propagation="official", alpha={"down": 0.25}, ridge=0.1).strengths()
+    assert mixed == {k: (0.25 if k == "down" else 0.5, 0.1) for k in KINDS}
+    assert all(a == 0 for a, _ in PropagatingParams(alpha=0).strengths().values())
+
+
+def drifts(folder: Path, **params: object) -> list[float]:
+    recipe = Recipe.of("gptq", GptqParams(group_size=16, bits=3, **params), torch.float32)
+    found = [block.drift for block in quantize_blocks(Decoder(folder), tokens(16), recipe)]
+    return [value for value in found if value is not None]
+
+
+def test_correction_slows_the_drift_of_the_stream(tmp_path: Path) -> None:
+    save_tiny(tmp_path, "llama")
+    corrected = drifts(tmp_path, alpha=1.0, ridge=0.01)
+    plain = drifts(tmp_path, alpha=1e-9)  # keeps the second stream, changes nothing
+    assert len(plain) == 4 and not drifts(tmp_path, alpha=0)
+    assert corrected[-1] < 0.97 * plain[-1]
+
+
+def test_first_blocks_first_group_is_never_corrected(tmp_path: Path) -> None:
+    save_tiny(tmp_path, "llama")
+    first: list[list[Tensor]] = []
+    for alpha in (0.0, 1.0):
+        recipe = Recipe.of("gptq", GptqParams(group_size=16, alpha=alpha), torch.float32)
+        block = next(iter(quantize_blocks(Decoder(tmp_path), tokens(4), recipe)))
+        first.append([weight.integers for weight in block.weights.values()])
+    same = [torch.equal(a, b) for a, b in zip(*first, strict=True)]
+    assert same[:3] == [True] * 3 and not all(same)
+
+
+def test_two_streams_equal_two_whole_models(tmp_path: Path) -> None:
+    """Against the whole models' forwards: what is asked of each group of the second block."""
+    save_tiny(tmp_path, "llama", num_hidden_layers=2)
+    original, compressed = tiny("llama", num_hidden_layers=2), tiny("llama", num_hidden_layers=2)
+    params = GptqParams(group_size=16, bits=3, act_order=False, polish=0, alpha=0.7, ridge=0.05)
+    recipe = Recipe.of("gptq", params, torch.float32)
+    blocks = list(quantize_blocks(Decoder(tmp_path), tokens(4), recipe))
+    for index, block in enumerate(blocks):
+        for group in STAGES:
+            names = [f"model.layers.{index}.{member}" for member in group.split()]
+            seen: list[Tensor] = []
+            for model in (original, compressed):
+                linear = model.get_submodule(names[0])
+                handle = linear.register_forward_pre_hook(lambda _, x, s=seen: s.append(x[0]))
+                with torch.no_grad():
+                    model(tokens(4))
+                handle.remove()
+            cross, gram = moments(*(each.flatten(0, 1) for each in seen))
+            for name in names:
+                weight = original.get_submodule(name).weight.data
+                target, _ = propagate_error(weight, cross, gram, alpha=0.7, damp=0.05)
+                expected = recipe.quantizer(target, gram, recipe.grid).integers
+                found = block.weights[name]
+                assert (expected == found.integers).float().mean() > 0.95, name
+                compressed.get_submodule(name).weight.data.copy_(found.dequantize())
+
+
+STAGES = (
+    "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj mlp.up_proj",
+    "mlp.down_proj",
+)
+
+
+def test_report_holds_ridges_and_the_drift(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "source", "llama")
+    params = GptqParams(group_size=16, alpha={"down": 0.0}, ridge=0.2)
+    summary = quantize(tmp_path / "source", tmp_path / "out", tokens(4), "gptq", params)
+    report = json.loads((tmp_path / "out/quantization.json").read_text())
+    assert len(report["drift"]) == 4 and summary["drift"] == report["drift"][-1] > 0
+    ridges = {name: row["ridge"] for name, row in report["linears"].items()}
+    assert all(value == (0 if "down" in name else 0.2) for name, value in ridges.items())
