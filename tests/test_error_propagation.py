@@ -12,7 +12,7 @@ from torch import Tensor
 from compressor.decoder import Decoder
 from compressor.errors import QuantizationError
 from compressor.moments import Cross, Gram
-from compressor.quantize import KINDS, GptqParams, PropagatingParams
+from compressor.quantize import KINDS, GptqParams, PropagatingParams, driver
 from compressor.quantize.driver import Recipe, quantize, quantize_blocks
 from compressor.quantize.error_propagation import propagate_error
 from compressor.quantize.inputs import input_groups
@@ -187,6 +187,19 @@ STAGES = (
     "mlp.gate_proj mlp.up_proj",
     "mlp.down_proj",
 )
+
+
+def test_several_batches_quantize_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_tiny(tmp_path, "llama", num_hidden_layers=2)
+    recipe = Recipe.of("gptq", GptqParams(group_size=16, polish=0), torch.float32)
+    once = list(quantize_blocks(Decoder(tmp_path), tokens(5), recipe))
+    monkeypatch.setattr(driver, "_INPUT_BYTES", 0)
+    parts = list(quantize_blocks(Decoder(tmp_path), tokens(5), recipe, 2))
+    for one, other in zip(once, parts, strict=True):
+        assert other.drift == pytest.approx(one.drift, rel=0.02)
+        for name, weight in one.weights.items():
+            same = (weight.integers == other.weights[name].integers).float().mean()
+            assert same > (0.97 if ".0." in name else 0.9), name  # ties are amplified
 
 
 def test_report_holds_ridges_and_the_drift(tmp_path: Path) -> None:

@@ -99,3 +99,18 @@ def test_polish_lowers_what_gptq_minimises(symmetric: bool) -> None:
         found = gptq(weight, hessian, grid, damp=0.1, act_order=True, polish=rounds)
         losses.append(float(loss(weight, found.dequantize().double(), damped).sum()))
     assert losses[2] <= losses[1] < 0.99 * losses[0]
+
+
+def test_a_round_of_polish_is_a_refit_and_a_descent_under_the_damped_gram() -> None:
+    grid, weight, hessian, *_ = problem(True)
+    plain, polished = (
+        gptq(weight, hessian, grid, damp=0.5, act_order=True, polish=rounds) for rounds in (0, 1)
+    )
+    damped = hessian + 0.5 * hessian.diagonal().mean() * torch.eye(24)
+    levels, zero = plain.integers.double(), torch.zeros(6, 3)
+    scale = refit_scales(weight, damped, levels, plain.scale, grid)
+    torch.testing.assert_close(polished.scale, scale)
+    expected = descend(weight, damped, levels, scale, zero, grid)
+    assert torch.equal(polished.integers.double(), expected)
+    other = descend(weight, hessian, levels, scale, zero, grid)
+    assert not torch.equal(other, expected)  # the ridge matters here

@@ -121,6 +121,16 @@ def test_unsearched_scale_spends_every_level() -> None:
     assert result.integers.tolist() == [[7, -1, 0, 4, -8, 5, 0, 1]]
 
 
+def test_asymmetric_grid_spans_the_group_and_zero() -> None:
+    """s = (hi - lo) / (2^b - 1), z = round(-lo / s) - 2^(b-1); zero is in every range."""
+    weight = torch.tensor([[-1.0, 2.0, 0.5, 0.0, 1.0, 3.0, 2.5, 0.25]])
+    found = rtn(weight, None, Grid(2, 4, torch.float32, search=False, symmetric=False))
+    assert found.scale.tolist() == [[1.0, 1.0]]
+    assert found.zero_point is not None and found.zero_point.tolist() == [[-1, -2]]
+    assert found.integers.tolist() == [[-2, 1, -1, -1, -1, 1, 0, -2]]
+    assert found.dequantize().tolist() == [[-1, 2, 0, 0, 1, 3, 2, 0]]
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_searched_scales_lower_the_weighted_error(symmetric: bool) -> None:
     weight, importance = matrix(), torch.rand(32, generator=torch.Generator().manual_seed(2)) + 0.01
