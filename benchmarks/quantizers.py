@@ -75,7 +75,7 @@ def measure(name: str, model: Path, calibration: Path, evaluation: Path) -> dict
     params = METHODS[method].params(**given)
     tokens = windows(model, calibration) if METHODS[method].needs else None
     started, decoder = time.process_time(), Decoder(model)
-    recipe = Recipe.of(method, params, decoder.reader.checkpoint.dtype)  # type: ignore[arg-type]
+    recipe = Recipe.of(decoder, method, params)  # type: ignore[arg-type]
     weights: dict[str, Tensor] = {}
     bits, drift = 0.0, None
     for block in quantize_blocks(decoder, tokens, recipe):

@@ -118,10 +118,9 @@ def test_a_column_order_is_refused() -> None:
 def in_memory(source: Path, params: RtnParams) -> tuple[Any, dict[str, QuantizedWeight]]:
     """The model with quantized weights as floats, made without any file, and its integers."""
     decoder = Decoder(source)
-    plan = grids(decoder, params, params.scheme or BitPlan())
     model = AutoModelForCausalLM.from_pretrained(source)
     found: dict[str, QuantizedWeight] = {}
-    for result in quantize_blocks(decoder, None, Recipe.of("rtn", params, plan)):
+    for result in quantize_blocks(decoder, None, Recipe.of(decoder, "rtn", params)):
         found |= result.weights
     for name, weight in found.items():
         model.get_submodule(name).weight.data.copy_(weight.dequantize())

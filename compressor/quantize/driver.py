@@ -45,13 +45,14 @@ class Recipe:
     strengths: dict[Kind, tuple[float, float]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, method: str, params: GridParams, grids: Grids) -> Recipe:
-        """The recipe of a method's parameters, on `grids`."""
+    def of(cls, decoder: Decoder, method: str, params: GridParams) -> Recipe:
+        """The recipe of a method's parameters for the linears of `decoder`."""
         known = {*GridParams.model_fields, *PropagatingParams.model_fields}
         own = {name: value for name, value in dict(params).items() if name not in known}
         quantizer = functools.partial(METHODS[method].load(), **own)
         strengths = params.strengths() if isinstance(params, PropagatingParams) else {}
-        return cls(grids, quantizer, strengths)
+        plan = grids(decoder, params, params.scheme or BitPlan())
+        return cls(plan, quantizer, strengths)
 
     @property
     def propagates(self) -> bool:
@@ -97,12 +98,11 @@ def quantize(
     if Checkpoint(source).quantized:
         raise QuantizationError(f"{source}: already quantized; start from the dense checkpoint")
     decoder = Decoder(source, device)
-    plan = grids(decoder, params, params.scheme or BitPlan())
-    readers = lint(decoder, plan, params.format)
-    recipe = Recipe.of(method, params, plan)
+    recipe = Recipe.of(decoder, method, params)
+    readers = lint(decoder, recipe.grids, params.format)
     report: dict[str, dict[str, float]] = {}
     drifts: list[float] = []
-    with IntegerWriter(decoder, out, plan, params.format) as writer:
+    with IntegerWriter(decoder, out, recipe.grids, params.format) as writer:
         for result in quantize_blocks(decoder, tokens, recipe, batch_size):
             writer.block(result.weights)
             report |= result.report
