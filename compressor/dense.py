@@ -6,22 +6,20 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch
-from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from torch import Tensor
 
 from compressor.checkpoint import Checkpoint
 from compressor.errors import CheckpointError
 from compressor.families import RENAMED_ON_DISK
+from compressor.layouts import Codes, Packed
 
-PACKED = "weight_packed"
+PACKED = Packed.key
 
 
 class DenseReader:
     """Reads weights as floats: stored ones as they are, packed integers de-quantized.
 
-    A packed linear holds u = q + 2^(b-1) as a bit stream along its inputs and one
-    scale per group: w = q * s (compressed-tensors `pack-quantized`, symmetric).
+    Packed linears are those of compressed-tensors `pack-quantized` (`layouts`).
     Old checkpoints name tensors without the model's first path component
     (`h.0...` for `transformer.h.0...`); both are found.
     """
@@ -32,7 +30,7 @@ class DenseReader:
         self.config: dict[str, Any] = self.checkpoint.config
         self._renamed = RENAMED_ON_DISK.get(self.config.get("model_type", ""), {})
         quantization = self.config.get("quantization_config")
-        self._groups = _weight_groups(self.checkpoint.folder, quantization) if quantization else []
+        self._layouts = _layouts(self.checkpoint.folder, quantization) if quantization else []
 
     def has(self, name: str) -> bool:
         """Whether a weight of this name can be read."""
@@ -45,9 +43,21 @@ class DenseReader:
             raise CheckpointError(f"{self.checkpoint.folder}: no weight for {name!r}")
         if stored in self.checkpoint:
             return self.checkpoint.tensor(stored)
-        return self._unpack(
-            stored.removesuffix(".weight"), self._bits(name.removesuffix(".weight"))
-        )
+        return self.codes(name).dequantize()
+
+    def codes(self, name: str) -> Codes:
+        """A packed weight in integers, as it is stored."""
+        layout = self.layout(name)
+        stem = (self.locate(name) or name).removesuffix("weight")
+        return layout.read({n: self.checkpoint.tensor(stem + n) for n in layout.names})
+
+    def layout(self, name: str) -> Packed:
+        """How the weight of this name is packed; raises `CheckpointError` when nothing says so."""
+        module = name.removesuffix(".weight")
+        for targets, layout in self._layouts:
+            if any(_matches(target, module) for target in targets):
+                return layout
+        raise CheckpointError(f"{module}: packed, but no group of quantization_config targets it")
 
     def locate(self, name: str) -> str | None:
         """The name under which a weight is stored, dense or packed; None when there is none."""
@@ -57,33 +67,16 @@ class DenseReader:
                 return candidate
         return None
 
-    def _unpack(self, module: str, bits: int) -> Tensor:
-        packed = self.checkpoint.tensor(f"{module}.{PACKED}")
-        shape = torch.Size(self.checkpoint.tensor(f"{module}.weight_shape").tolist())
-        scale = self.checkpoint.tensor(f"{module}.weight_scale")
-        if f"{module}.weight_zero_point" in self.checkpoint:
-            raise CheckpointError(f"{module}: asymmetric pack-quantized weights are not read")
-        integers = unpack_from_int32(packed, bits, shape)
-        group = shape[1] // scale.shape[1]
-        weight = integers.view(shape[0], -1, group).float() * scale.float().unsqueeze(-1)
-        return weight.view(shape)
 
-    def _bits(self, module: str) -> int:
-        for targets, bits in self._groups:
-            if any(_matches(target, module) for target in targets):
-                return bits
-        raise CheckpointError(f"{module}: packed, but no group of quantization_config targets it")
-
-
-def _weight_groups(folder: Path, quantization: dict[str, Any]) -> list[tuple[list[str], int]]:
+def _layouts(folder: Path, quantization: dict[str, Any]) -> list[tuple[list[str], Packed]]:
     method, form = quantization.get("quant_method"), quantization.get("format")
     if (method, form) != ("compressed-tensors", "pack-quantized"):
         raise CheckpointError(
             f"{folder}: quantization {method}/{form} is not read; start from the dense "
             "checkpoint, or one in compressed-tensors pack-quantized"
         )
-    groups = quantization["config_groups"].values()
-    return [(group["targets"], int(group["weights"]["num_bits"])) for group in groups]
+    groups = [(g["targets"], g["weights"]) for g in quantization["config_groups"].values()]
+    return [(t, Packed(w["num_bits"], w.get("symmetric", True))) for t, w in groups]
 
 
 def _matches(target: str, module: str) -> bool:

@@ -21,7 +21,7 @@ VERB_FOLDERS = (*VERBS, "evaluate")
 LAYERS = (
     {"errors"},
     {"progress", "families", "timing", "methods", "sources"},
-    {"fetch", "artifact", "records", "checkpoint", "moments"},
+    {"fetch", "artifact", "records", "checkpoint", "moments", "layouts"},
     {"blocks", "dense"},
     {"decoder"},
     {"walk", "model", "text", "sublayers"},
