@@ -197,7 +197,7 @@ def test_the_gate_names_a_wrong_rope_theta(tmp_path: Path, monkeypatch: pytest.M
     def wrong(folder: Path) -> Any:
         model: Any = good(folder)
         own = model.model.rotary_emb
-        own.inv_freq = own.inv_freq ** 1.2
+        own.inv_freq = own.inv_freq**1.2
         return model
 
     monkeypatch.setattr(decoder_graph, "skeleton", wrong)

@@ -31,7 +31,7 @@ stages:
   - prune
   - heal: {{method: lora, rank: 4, steps: 12, warmup_steps: 2, batch_size: 2, save_every: 2}}
   - quantize: {{method: gptq, group_size: 16}}
-  - export
+  - export: {{accuracy_level: 0}}
 """
 CODE = "from pipelines.cli import main; main()"
 

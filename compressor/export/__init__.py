@@ -22,7 +22,7 @@ class ExportParams(Params):
         4, description="integer matrices: 4 computes with 8-bit activations (fast), 0 in onnx_dtype"
     )
     head_bits: Literal[4, 8] | None = Field(
-        None, description="round head and tied embedding anew for ONNX; null leaves them as they are"
+        None, description="round the head, and a tied embedding, anew for ONNX; null: as they are"
     )
     check_tokens: int = Field(32, gt=0, description="greedy tokens that must agree, torch and ONNX")
 

@@ -9,7 +9,13 @@ from compressor.checkpoint import read_json, write_json
 from compressor.export.graph import MODEL
 
 GENAI = "genai_config.json"
-_SEARCH = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0}  # fmt: skip
+_SEARCH = {
+    "do_sample": False,
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "repetition_penalty": 1.0,
+}
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 

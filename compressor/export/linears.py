@@ -31,11 +31,11 @@ class Linears:
         self.g, self.reader = graph, reader
         self.accuracy_level, self.head_bits = accuracy_level, head_bits
         self.container_bytes, self.nominal_bytes = 0, 0.0
-        names = reader.checkpoint
-        for name in names.names:
+        stored = reader.checkpoint
+        for name in stored.names:
             stem, _, kind = name.rpartition(".")
-            if kind == "weight_packed" and f"{stem}.weight_scale" not in names:
-                raise ExportError(f"{names.folder}: {stem} is packed but has no weight_scale")
+            if kind == "weight_packed" and f"{stem}.weight_scale" not in stored:
+                raise ExportError(f"{stored.folder}: {stem} is packed but has no weight_scale")
 
     def __call__(self, path: str, x: ir.Value) -> ir.Value:
         """x W^T + b of one linear."""
@@ -66,7 +66,7 @@ class Linears:
         """Rows of the embedding; of the head's integers where both are one and rounded."""
         if self.head_bits and self.tied:
             b, scales = self._initializers("lm_head", self._head)
-            flat = self.g.constant("lm_head.flat", [b.shape[0], -1])  # type: ignore[index, list-item]
+            flat = self.g.constant("lm_head.flat", [len(self._head.b), -1])
             rows = self.g.op("Reshape", b, flat)
             return self.g.op(
                 "GatherBlockQuantized",
@@ -103,7 +103,8 @@ class Linears:
 
     def _matrix(self, path: str) -> Tensor | NBits:
         name = f"{path}.weight"
-        if self.reader.locate(name) in self.reader.checkpoint:
+        stored = self.reader.locate(name)
+        if stored is None or stored in self.reader.checkpoint:
             return self.reader.read(name)
         return pack(self.reader.codes(name), self.reader.layout(name).bits, path)
 

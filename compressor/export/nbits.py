@@ -1,4 +1,4 @@
-"""Integers as `com.microsoft.MatMulNBits` takes them: the checkpoint's own, moved and not rounded."""
+"""The checkpoint's own integers, moved into the layout of `com.microsoft.MatMulNBits`."""
 
 from __future__ import annotations
 

@@ -22,7 +22,8 @@ about 100 times what sums in float32 differ by, ten times what they do in float1
 times what rounding every activation to 8 bits gives."""
 
 LENGTHS = (24, 17, 9)
-_WINDOWS, _LONGEST = 2, 512
+_LONGEST_PROMPT = 512
+_WINDOWS, _WINDOW = 2, 256
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def questions(config: Any, tokens: Tensor | None) -> tuple[list[Tensor], Tensor]
     """
     lengths = list(LENGTHS)
     window = getattr(config, "sliding_window", None) or 0
-    if 0 < window < _LONGEST:
+    if 0 < window < _LONGEST_PROMPT:
         lengths[0] = max(lengths[0], min(window + 16, config.max_position_embeddings - 64))
     if tokens is None or len(tokens) < len(lengths) or tokens.shape[1] < max(lengths):
         generator = torch.Generator().manual_seed(0)
@@ -66,7 +67,7 @@ def questions(config: Any, tokens: Tensor | None) -> tuple[list[Tensor], Tensor]
         return [row[:n] for row, n in zip(rows, lengths, strict=True)], rows[:0]
     rows = tokens[: len(lengths)]
     prompts = [row[:n] for row, n in zip(rows, lengths, strict=True)]
-    return prompts, tokens[-_WINDOWS:, :_LONGEST]
+    return prompts, tokens[-_WINDOWS:, :_WINDOW]
 
 
 def reference(folder: Path, head_bits: int | None = None) -> Any:
@@ -95,7 +96,8 @@ def ask(model: Any, prompts: list[Tensor], windows: Tensor, count: int) -> Answe
     logits, greedy, steps = [], [], []
     for prompt in prompts:
         cache = DynamicCache(config=model.config)
-        ids, chosen, scores = prompt[None], [], []
+        ids, chosen = prompt[None], []
+        scores: list[np.ndarray] = []
         for _ in range(count):
             out = model(ids, past_key_values=cache, use_cache=True).logits[0].float()
             if not scores:

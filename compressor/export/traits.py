@@ -83,7 +83,7 @@ def traits_of(config: Any) -> Traits:
 
 def activation_of(config: Any) -> str:
     """The gate's activation, as the config names it."""
-    return getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", "silu")
+    return str(getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", "silu"))
 
 
 def _tables(rope: dict[str, Any]) -> list[dict[str, Any]]:
