@@ -35,7 +35,7 @@ class DenseReader:
         family = native_config(self.config).get("model_type", "")
         self._renamed = RENAMED_ON_DISK.get(family, {})
         quantization = self.config.get("quantization_config")
-        self._layouts = _layouts(self.checkpoint.folder, quantization) if quantization else []
+        self.layouts = _layouts(self.checkpoint.folder, quantization) if quantization else []
 
     def has(self, name: str) -> bool:
         """Whether a weight of this name can be read."""
@@ -62,7 +62,7 @@ class DenseReader:
     def layout(self, name: str) -> Packed | Gptq:
         """How the weight of this name is packed; raises `CheckpointError` when nothing says so."""
         module = name.removesuffix(".weight")
-        for targets, layout in self._layouts:
+        for targets, layout in self.layouts:
             if any(_matches(target, module) for target in targets):
                 return layout
         raise CheckpointError(f"{module}: packed, but no group of quantization_config targets it")

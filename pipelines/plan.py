@@ -182,6 +182,8 @@ class _Planner:
         inputs = {"checkpoint": self.latest["checkpoint"]}
         if verb == "select" and "scores" in self.latest:
             inputs["scores"] = self.latest["scores"]
+        if verb == "export" and "evaluation" in self.latest:  # held-out text for its gate
+            inputs["evaluation"] = self.latest["evaluation"]
         for role in sorted(roles):
             if role not in self.latest:
                 remedy = _REMEDIES.get(

@@ -149,7 +149,9 @@ def export(job: Job) -> dict[str, Any]:
     """Write and compare the deployable folders; time the ONNX graph."""
     _, params = job.method
     timing = job.config.head.evaluate
-    result: dict[str, Any] = _method(job)(job.inputs["checkpoint"], job.out, params)
+    result: dict[str, Any] = _method(job)(
+        job.inputs["checkpoint"], job.out, params, _tokens(job, "evaluation")
+    )
     if timing.speed and "onnx" in result:
         from compressor.export.session import measure
 

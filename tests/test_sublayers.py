@@ -19,6 +19,10 @@ EXPECTED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("input_layernorm", "post_attention_layernorm"),
         ("pre_feedforward_layernorm", "post_feedforward_layernorm"),
     ),
+    "gemma2": (
+        ("input_layernorm", "post_attention_layernorm"),
+        ("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    ),
     "gpt2": (("ln_1",), ("ln_2",)),
     "opt": (("self_attn_layer_norm",), ("final_layer_norm",)),
     "olmo2": (("post_attention_layernorm",), ("post_feedforward_layernorm",)),

@@ -39,6 +39,12 @@ FAMILIES: dict[str, dict[str, object]] = {
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
     "gpt_neox": {},
     "olmo2": {},
+    "gemma2": {
+        "head_dim": 8,
+        "sliding_window": 8,
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 10.0,
+    },
 }
 
 

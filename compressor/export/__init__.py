@@ -18,6 +18,12 @@ class ExportParams(Params):
     onnx_dtype: Literal["float32", "float16"] = Field(
         "float32", description="weights and activations of the ONNX graph"
     )
+    accuracy_level: Literal[0, 4] = Field(
+        0, description="integer matrices: 0 computes in onnx_dtype, 4 with 8-bit activations (fast)"
+    )
+    head_bits: Literal[4, 8] | None = Field(
+        None, description="round the head, and a tied embedding, anew for ONNX; null: as they are"
+    )
     check_tokens: int = Field(32, gt=0, description="greedy tokens that must agree, torch and ONNX")
 
 
@@ -26,7 +32,8 @@ METHODS = {
         "compressor.export.onnx:export",
         ExportParams,
         "a Hugging Face folder and an ONNX graph with KV cache, compared token by token",
-        "onnxruntime contrib operators (GroupQueryAttention)",
-        "one copy of the weights, and a short generation",
+        "onnxruntime contrib operators (GroupQueryAttention, MatMulNBits)",
+        "one copy of the weights, and short generations in torch and onnxruntime",
+        version=2,
     ),
 }

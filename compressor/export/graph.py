@@ -18,7 +18,7 @@ _DTYPES = {
     torch.float32: ir.DataType.FLOAT,
     torch.float16: ir.DataType.FLOAT16,
     torch.int64: ir.DataType.INT64,
-    torch.int32: ir.DataType.INT32,
+    torch.uint8: ir.DataType.UINT8,
 }
 
 
@@ -45,11 +45,19 @@ class Graph:
         self._inputs.append(value)
         return value
 
+    def name(self, value: ir.Value, name: str) -> ir.Value:
+        """Name a value by the module that gives it, so that a probe finds it."""
+        value.name, value.dtype = name, _DTYPES[self.dtype]
+        return value
+
     def output(self, value: ir.Value, name: str, shape: list[int | str]) -> None:
         """Declare an output."""
-        value.name = name
-        value.dtype, value.shape = _DTYPES[self.dtype], ir.Shape(shape)
+        self.name(value, name).shape = ir.Shape(shape)
         self._outputs.append(value)
+
+    def known(self, name: str) -> ir.Value | None:
+        """The weight or constant of this name, if it was added."""
+        return self._weights.get(name)
 
     def weight(self, name: str, tensor: Tensor) -> ir.Value:
         """Store a tensor (floats in the graph's dtype) once per name."""

@@ -24,8 +24,8 @@ class Session:
         vocabulary: how many tokens there are.
     """
 
-    def __init__(self, folder: Path, device: str = "auto") -> None:
-        """Load `model.onnx` from `folder`."""
+    def __init__(self, folder: Path, device: str = "auto", model: str = MODEL) -> None:
+        """Load the graph `model` from `folder`."""
         try:
             import onnxruntime
         except ImportError:
@@ -33,7 +33,7 @@ class Session:
         wanted = ["CUDAExecutionProvider"] if device in ("auto", "cuda") else []
         offered = onnxruntime.get_available_providers()
         chosen = [p for p in wanted if p in offered] + ["CPUExecutionProvider"]
-        self._session: Any = onnxruntime.InferenceSession(str(folder / MODEL), providers=chosen)
+        self._session: Any = onnxruntime.InferenceSession(str(folder / model), providers=chosen)
         self.providers: list[str] = self._session.get_providers()
         if self.providers[0] != chosen[0]:
             log.warning("onnxruntime fell back to %s; see: compress doctor", self.providers[0])
@@ -58,16 +58,24 @@ class Session:
         `mask` (B, P + S) marks real tokens; padding stands on the right.
         Raises `ExportError` for padding on the left, which the graph cannot express.
         """
+        values = self.values(ids, cache, mask)
+        grown = {k: v for k, v in values.items() if k.startswith("present.")}
+        return values["logits"], {
+            k.replace("present.", "past_key_values."): v for k, v in grown.items()
+        }
+
+    def values(
+        self, ids: np.ndarray, cache: Cache | None = None, mask: np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
+        """Every output by name, of ids (B, S) after the cached tokens."""
         cache = cache or self.empty_cache(len(ids))
-        past = next(iter(cache.values())).shape[2]
         if mask is None:
+            past = next(iter(cache.values())).shape[2]
             mask = np.ones((len(ids), past + ids.shape[1]), np.int64)
         if (np.diff(mask, axis=1) > 0).any():
             raise ExportError("the batch is padded on the left; pad on the right for this graph")
         feeds = {"input_ids": ids, "attention_mask": mask, **cache}
-        values = dict(zip(self._outputs, self._session.run(None, feeds), strict=True))
-        logits = values.pop("logits")
-        return logits, {k.replace("present.", "past_key_values."): v for k, v in values.items()}
+        return dict(zip(self._outputs, self._session.run(None, feeds), strict=True))
 
     def generate(self, ids: np.ndarray, count: int, cache: Cache | None = None) -> list[int]:
         """`count` greedy tokens after ids (1, S), with the KV cache."""
