@@ -12,11 +12,12 @@ from torch import Tensor
 
 from compressor.blocks import Blocks
 from compressor.checkpoint import write_json
-from compressor.decoder import skeleton
+from compressor.decoder import Decoder, skeleton
 from compressor.model import load_tokenizer, materialise
 from compressor.quantize import RtnParams
 from compressor.records import Scores, Selection
 from compressor.text import windows
+from compressor.trial import Trial
 from pipelines.config import methods
 from pipelines.plan import ROLES, text_source
 from pipelines.run import Job
@@ -81,9 +82,12 @@ def select(job: Job) -> dict[str, Any]:
         scores = Scores.load(job.inputs["scores"] / SCORES)
     else:
         scores = Scores(num_blocks=len(Blocks(skeleton(job.inputs["checkpoint"]))))
-    selection: Selection = methods("select")[name].load()(scores, **dict(params))
+    row = methods("select")[name]
+    inputs = (scores, _trial(job)) if row.needs else (scores,)
+    selection: Selection = row.load()(*inputs, **dict(params))
     selection.save(job.out / SELECTION)
-    return {"drop_blocks": selection.drop_blocks, "reason": selection.reason}
+    chosen = selection.model_dump(mode="json", exclude={"num_blocks"}, exclude_defaults=True)
+    return {"drop_blocks": [], **chosen}
 
 
 def prune(job: Job) -> dict[str, Any]:
@@ -176,6 +180,18 @@ def evaluate(job: Job) -> dict[str, Any]:
             repeats=timing.repeats,
         )
     return metrics
+
+
+def _trial(job: Job) -> Trial:
+    """The checkpoint before the selection, on the calibration windows."""
+    tokens = _tokens(job, "calibration")
+    assert tokens is not None
+    return Trial(
+        Decoder(job.inputs["checkpoint"], job.device),
+        tokens,
+        batch_size=job.config.head.batch_size,
+        log=job.work / "measures.jsonl",
+    )
 
 
 def _tokens(job: Job, role: str) -> Tensor | None:

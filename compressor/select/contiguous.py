@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from compressor.errors import SelectionError
 from compressor.records import Scores, Selection
-from compressor.select.protect import check_budget, protected
+from compressor.select.protect import free_units, protected
 
 
 def contiguous(scores: Scores, *, n: int, protect: tuple[int, ...]) -> Selection:
@@ -14,7 +14,7 @@ def contiguous(scores: Scores, *, n: int, protect: tuple[int, ...]) -> Selection
     Raises `SelectionError` when no run is left or the scores hold no distances.
     """
     kept = protected(scores.num_blocks, protect)
-    check_budget(n, scores.num_blocks, kept)
+    free_units(n, scores.num_blocks, "block", kept)
     if n == 0:
         return Selection(num_blocks=scores.num_blocks, drop_blocks=[], reason="nothing to remove")
     if not scores.distances:
@@ -39,7 +39,7 @@ def contiguous(scores: Scores, *, n: int, protect: tuple[int, ...]) -> Selection
 def simple(scores: Scores, *, n: int) -> Selection:
     """Remove blocks L-1-n..L-2: the deepest n but the last (arXiv:2403.17887 section 4.4)."""
     last = scores.num_blocks - 1
-    check_budget(n, scores.num_blocks, {last})
+    free_units(n, scores.num_blocks, "block", {last})
     return Selection(
         num_blocks=scores.num_blocks,
         drop_blocks=list(range(last - n, last)),
