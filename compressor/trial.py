@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -49,41 +49,41 @@ class Trial:
     def __init__(
         self, decoder: Decoder, tokens: Tensor, *, batch_size: int = 4, log: Path | None = None
     ) -> None:
-        """Embed the tokens; `log` is a file of losses from which a killed search replays."""
+        """Embed the tokens; `log` is a file of measures from which a killed search replays."""
         self.decoder, self.tokens, self.batch_size = decoder, tokens, batch_size
         self.num_blocks = len(decoder.blocks)
         self.spent = 0.0
         self._model = CutModel(decoder, tokens, batch_size)
         self._last: tuple[Op, ...] = ()
-        self._losses: dict[tuple[Op, ...], float] = {}
+        self._known: dict[tuple[str, tuple[Op, ...]], float] = {}
         self._log = _Log(log) if log else None
 
     def loss(self, selection: Selection) -> float:
         """Mean next-token loss over N (T - 1) tokens, nats; infinite where the cut overflows."""
-        ops = operations(selection, self.num_blocks)
-        if ops not in self._losses:
-            self._charge(ops)
-            known = self._log.known.get(ops) if self._log else None
-            self._losses[ops] = self._measure(ops) if known is None else known
-        return self._losses[ops]
+        return self._asked("loss", selection, self._measure_loss)
 
-    def losses(
-        self, selections: Sequence[Selection], bar: progress.Task | None = None
+    def distance(self, selection: Selection) -> float:
+        """Mean squared difference of `states` to the full model's; infinite on overflow."""
+        return self._asked("distance", selection, self._measure_distance)
+
+    def try_all(
+        self,
+        measure: Callable[[Selection], float],
+        selections: Sequence[Selection],
+        bar: progress.Task,
     ) -> list[float]:
-        """The loss of each, tried in the order in which neighbours share the longest start."""
+        """`measure` of each, taken in the order in which neighbours share the longest start."""
         keys = [_sortable(operations(s, self.num_blocks)) for s in selections]
         found = [math.inf] * len(selections)
         for index in sorted(range(len(selections)), key=keys.__getitem__):
-            found[index] = self.loss(selections[index])
-            if bar:
-                bar.advance(1, f"loss {found[index]:.4f}")
+            found[index] = measure(selections[index])
+            bar.advance(1, f"{found[index]:.4f}")
         return found
 
     @torch.no_grad()
     def states(self, selection: Selection) -> Tensor:
         """What the head reads, (N, T, D) in float32: the stream behind the final norm."""
-        x = self._stream(selection)
-        return torch.cat([self.decoder.normed(x[rows]).cpu() for rows in self._model.batches])
+        return self._normed(self._stream(selection))
 
     @torch.no_grad()
     def compare(self, selection: Selection) -> Quality:
@@ -116,15 +116,42 @@ class Trial:
         sublayers = sum((a is not None) + (f is not None) for _, a, f in ran)
         self.spent += sublayers / (2 * self.num_blocks)
 
+    def _asked(
+        self, name: str, selection: Selection, measure: Callable[[tuple[Op, ...]], float]
+    ) -> float:
+        """A measure of a cut: remembered, read from the log, or taken now."""
+        ops = operations(selection, self.num_blocks)
+        if (name, ops) not in self._known:
+            self._charge(ops)
+            value = self._log.known.get((name, ops)) if self._log else None
+            if value is None:
+                value = measure(ops)
+                value = value if math.isfinite(value) else math.inf
+                if self._log:
+                    self._log.add(name, ops, value)
+            self._known[name, ops] = value
+        return self._known[name, ops]
+
     @torch.no_grad()
-    def _measure(self, ops: tuple[Op, ...]) -> float:
+    def _measure_loss(self, ops: tuple[Op, ...]) -> float:
         x = self._model.stream(ops)
-        windows = range(len(self.tokens))
-        loss = math.fsum(self._loss(self._log_probabilities(x, w), w) for w in windows)
-        loss = loss / len(windows) if math.isfinite(loss) else math.inf
-        if self._log:
-            self._log.add(ops, loss)
-        return loss
+        losses = [
+            self._loss(self._log_probabilities(x, window), window)
+            for window in range(len(self.tokens))
+        ]
+        return sum(losses) / len(losses)
+
+    @torch.no_grad()
+    def _measure_distance(self, ops: tuple[Op, ...]) -> float:
+        difference = self._normed(self._model.stream(ops)) - self._full_states
+        return difference.double().square().mean().item()
+
+    @cached_property
+    def _full_states(self) -> Tensor:
+        return self.states(Selection(num_blocks=self.num_blocks))
+
+    def _normed(self, x: Tensor) -> Tensor:
+        return torch.cat([self.decoder.normed(x[rows]).cpu() for rows in self._model.batches])
 
     def _log_probabilities(self, x: Tensor, window: int) -> Tensor:
         """(T - 1, V) of one window, so that few logits exist at once."""
@@ -136,22 +163,22 @@ class Trial:
 
 
 class _Log:
-    """Losses by operations in a JSON lines file; a line that a kill cut short is dropped."""
+    """Measures of cuts in a JSON lines file; a line that a kill cut short is dropped."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
-        self.known: dict[tuple[Op, ...], float] = {}
+        self.known: dict[tuple[str, tuple[Op, ...]], float] = {}
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         whole = text[: text.rfind("\n") + 1]
         for line in whole.splitlines():
-            ops, loss = json.loads(line)
-            self.known[tuple(tuple(op) for op in ops)] = loss
+            name, ops, value = json.loads(line)
+            self.known[name, tuple(tuple(op) for op in ops)] = value
         path.write_text(whole, encoding="utf-8")
 
-    def add(self, ops: tuple[Op, ...], loss: float) -> None:
+    def add(self, name: str, ops: tuple[Op, ...], value: float) -> None:
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps([ops, loss]) + "\n")
+            file.write(json.dumps([name, ops, value]) + "\n")
 
 
 def _sortable(ops: tuple[Op, ...]) -> list[list[int]]:

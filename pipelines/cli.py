@@ -27,7 +27,7 @@ COMMANDS = {
     ),
     "show": ("pipelines.commands:show", "Print the table of a finished run again."),
     "score": ("pipelines.verbs:score", "Score how much each block of a model matters."),
-    "select": ("pipelines.verbs:select", "Choose the blocks to remove from a scores file."),
+    "select": ("pipelines.choose:select", "Choose the parts to remove, by scores or a search."),
     "prune": ("pipelines.verbs:prune", "Remove blocks and sublayers from a model."),
     "heal": ("pipelines.verbs:heal", "Train a pruned model to recover what it lost."),
     "quantize": ("pipelines.verbs:quantize", "Store the linears of a model in few bits."),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
+
+from pydantic.fields import FieldInfo
 
 from compressor.artifact import Store
 from compressor.errors import ConfigError, NotApplicable, SelectionError, did_you_mean
@@ -15,7 +17,8 @@ from pipelines.plan import Stage, plan_choices
 from pipelines.run import OnEvent, ensure, pin
 
 FORMAT = 1
-PARTS = ("block", "attention", "ffn", "both")
+PARTS = ("block", "attention", "ffn", "sublayers")
+_OF_SUBLAYERS = ("joint", "skrr")
 _TRIED = {
     "drop_blocks", "drop_attention", "drop_ffn", "reuse_attention", "reuse_ffn", "num_blocks",
 }  # fmt: skip
@@ -46,21 +49,31 @@ def choices(
 ) -> list[Choice]:
     """Every selection with every score it can go by; `budget` counts what `part` names.
 
-    Raises `ConfigError` for a selection that is unknown or cannot remove such parts.
+    `selection/score` stands for that pair alone. Raises `ConfigError` for a selection that is
+    unknown or cannot remove such parts.
     """
     table, found = methods("select"), []
-    for name in selections:
+    for word in selections:
+        name, _, only = (piece.strip() for piece in word.partition("/"))
         if name not in table:
             raise ConfigError(f"no selection {name!r}{did_you_mean(name, table)}")
         fields = table[name].params.model_fields
-        if "n" not in fields or (part != "block" and "part" not in fields):
+        if "n" not in fields or part not in _parts(name, fields):
             raise ConfigError(f"selection {name!r} cannot be asked for {budget} x {part}")
         settings = {"n": budget} | ({"part": part} if "part" in fields else {})
-        if "score" in fields:
-            found += [Choice(name, score, settings | {"score": score}) for score in scores]
-        else:
+        if "score" not in fields:
             found.append(Choice(name, None, settings))
+            continue
+        for score in [only] if only else scores:
+            found.append(Choice(name, score, settings | {"score": score}))
     return found
+
+
+def _parts(name: str, fields: Mapping[str, FieldInfo]) -> tuple[str, ...]:
+    """What a selection can remove."""
+    if "part" in fields:
+        return get_args(fields["part"].annotation)
+    return ("sublayers",) if name in _OF_SUBLAYERS else ("block",)
 
 
 def compare(

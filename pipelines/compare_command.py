@@ -16,7 +16,7 @@ from pipelines import config as configuration
 from pipelines import display, leaderboard
 from pipelines.commands import JSON, QUIET, SET, STORE
 from pipelines.run import Event
-from pipelines.verbs import MODEL, TEXT, model_source, refuse_existing, run_name, text_role
+from pipelines.verbs import MODEL, TEXT, model_source, refuse_existing, role_source, run_name
 
 SCORES = "angular_distance,block_influence,lamp"
 SELECTIONS = "contiguous,lowest,simple"
@@ -100,7 +100,7 @@ def _tree(model: str, scores: list[str], given: dict[str, Any]) -> dict[str, Any
         tree = {"model": model_source(model)}
         if not given["text"]:
             raise ConfigError("give --text: choices are made on one part of it, judged on another")
-        calibration = text_role(given["text"], given["field"], given["windows"], given["length"])
+        calibration = role_source(given["text"], given["field"], given["windows"], given["length"])
         tree["text"] = {
             "calibration": calibration,
             "evaluation": calibration | {"windows": given["held_out"]},

@@ -96,9 +96,12 @@ def select(job: Job) -> dict[str, Any]:
         scores = Scores.load(job.inputs["scores"] / SCORES)
     else:
         scores = Scores(num_blocks=len(Blocks(skeleton(job.inputs["checkpoint"]))))
-    selection: Selection = methods("select")[name].load()(scores, **dict(params))
+    row = methods("select")[name]
+    inputs = (scores, _trial(job)) if row.needs else (scores,)
+    selection: Selection = row.load()(*inputs, **dict(params))
     selection.save(job.out / SELECTION)
-    return {**_dropped(selection), "reason": selection.reason}
+    chosen = selection.model_dump(mode="json", exclude={"num_blocks"}, exclude_defaults=True)
+    return {"drop_blocks": [], **chosen}
 
 
 def prune(job: Job) -> dict[str, Any]:
@@ -228,6 +231,18 @@ def _dropped(selection: Selection) -> dict[str, list[int]]:
     """What goes, by kind; of sublayers only where some do."""
     sublayers = {"drop_attention": selection.drop_attention, "drop_ffn": selection.drop_ffn}
     return {"drop_blocks": selection.drop_blocks} | {k: v for k, v in sublayers.items() if v}
+
+
+def _trial(job: Job) -> Trial:
+    """The checkpoint before the selection, on the calibration windows."""
+    tokens = _tokens(job, "calibration")
+    assert tokens is not None
+    return Trial(
+        Decoder(job.inputs["checkpoint"], job.device),
+        tokens,
+        batch_size=job.config.head.batch_size,
+        log=job.work / "measures.jsonl",
+    )
 
 
 def _tokens(job: Job, role: str) -> Tensor | None:

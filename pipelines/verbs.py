@@ -14,7 +14,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from compressor.errors import ConfigError, SelectionError
-from compressor.records import Scores, Selection
+from compressor.records import Selection
 from pipelines import config as configuration
 from pipelines.commands import JSON, QUIET, STORE, execute
 from pipelines.run import Options
@@ -37,7 +37,7 @@ OUT = click.option(
 MODEL = click.argument("model")
 
 
-def _parameters(verb: str) -> list[Callable[..., Any]]:
+def parameters(verb: str, own: tuple[str, ...] = _OWN) -> list[Callable[..., Any]]:
     """One option per parameter of any method of a verb, its default in the help."""
     table = configuration.methods(verb)
     options: list[Callable[..., Any]] = []
@@ -52,11 +52,13 @@ def _parameters(verb: str) -> list[Callable[..., Any]]:
             homes.setdefault(field, []).append(name)
     for field, owners in homes.items():
         info = table[owners[0]].params.model_fields[field]
-        default = info.get_default(call_default_factory=True)
-        told = f"{info.description or ''} [{', '.join(owners)}; default {json.dumps(default)}]"
-        flag = f"--{field.replace('_', '-')}"
-        if field not in _OWN:
-            options.append(click.option(flag, field, type=_YamlValue(), help=told.strip()))
+        default = json.dumps(
+            info.get_default(call_default_factory=True), default=lambda _: "required"
+        )
+        told = f"{info.description or ''} [{', '.join(owners)}; default {default}]"
+        flags = [f"--{field.replace('_', '-')}", *(["-n"] if field == "n" else [])]
+        if field not in own:
+            options.append(click.option(*flags, field, type=_YamlValue(), help=told.strip()))
     return options
 
 
@@ -88,7 +90,7 @@ def _verb(verb: str, role: str | None) -> Callable[[Callable[..., Any]], click.C
             if verb == "evaluate" and not text["text"]:
                 raise click.UsageError("evaluate needs --text, which the model was not made from")
             if role and text["text"]:
-                tree["text"] = {role: text_role(**text)}
+                tree["text"] = {role: role_source(**text)}
             checked = configuration.parse(tree, f"compress {verb}")
             refuse_existing(out)
             record = execute(checked, store, Options(), as_json=as_json, quiet=quiet)
@@ -104,7 +106,7 @@ def _verb(verb: str, role: str | None) -> Callable[[Callable[..., Any]], click.C
             STORE,
             OUT,
             *(reversed(TEXT) if role else ()),
-            *reversed(_parameters(verb)),
+            *reversed(parameters(verb)),
             MODEL,
         ):
             command = option(command)
@@ -203,42 +205,6 @@ def evaluate(**params: Any) -> dict[str, Any]:
     return {"evaluate": params}
 
 
-@click.command()
-@click.argument("scores", type=click.Path(path_type=Path))
-@click.option(
-    "--method", default="contiguous", show_default=True, help="See: compress methods select."
-)
-@click.option("-n", "--n", type=int, help="How many blocks to remove.")
-@click.option("--score", help="For lowest: the score to go by.")
-@click.option("--protect", help="Blocks to keep, such as 0,-1 (negative from the end).")
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="File to write; else printed.")
-def select(
-    scores: Path,
-    method: str,
-    n: int | None,
-    score: str | None,
-    protect: str | None,
-    out: Path | None,
-) -> None:
-    """Choose the blocks to remove from a SCORES file (or the folder that holds it).
-
-    \b
-    compress select scores --method contiguous -n 6 -o selection.json
-    """
-    body: dict[str, Any] = {"method": method, "n": n, "score": score}
-    body["protect"] = protect.split(",") if protect else None
-    body = {key: value for key, value in body.items() if value is not None}
-    tree = {"name": "select", "model": {"path": "."}, "stages": [{"select": body}]}
-    (stage,) = configuration.parse(tree, "compress select").stages
-    ((name, params),) = stage.methods.items()
-    loaded = Scores.load(scores / "scores.json" if scores.is_dir() else scores)
-    row = configuration.methods("select")[name]
-    chosen: Selection = row.load()(loaded, **dict(params))
-    if out:
-        chosen.save(out)
-    click.echo(str(out) if out else chosen.model_dump_json(indent=1))
-
-
 def model_source(model: str) -> dict[str, str]:
     """A `model:` entry from what a person types: a path that exists, else a hub id@revision."""
     if Path(model).expanduser().exists():
@@ -270,7 +236,7 @@ def parse_blocks(text: str, option: str = "--blocks") -> list[int]:
     return sorted(blocks)
 
 
-def text_role(text: str, field: str | None, windows: int, length: int) -> dict[str, Any]:
+def role_source(text: str, field: str | None, windows: int, length: int) -> dict[str, Any]:
     """A text role from what a person types: a file, PACKAGE:FILE or hub:DATASET."""
     source: dict[str, Any]
     package, _, file = text.partition(":")
@@ -286,7 +252,7 @@ def text_role(text: str, field: str | None, windows: int, length: int) -> dict[s
 
 
 def run_name(verb: str, model: str) -> str:
-    """The name of a run that a verb alone makes."""
+    """The name of the run that a verb alone makes."""
     return re.sub(r"[^\w.-]+", "-", f"{verb}-{Path(model).name}").strip("-.")
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,8 @@ import pytest
 from compressor.errors import SelectionError
 from compressor.records import Scores, Selection
 from compressor.select.contiguous import contiguous, simple
-from compressor.select.lowest import fixed, lowest
+from compressor.select.even import even
+from compressor.select.lowest import fixed, joint, lowest
 
 L = 7
 
@@ -59,6 +62,86 @@ def test_lowest_follows_the_score() -> None:
 
 def test_fixed_takes_the_list() -> None:
     assert fixed(Scores(num_blocks=5), blocks=(3, -5)).drop_blocks == [0, 3]
+
+
+def test_lowest_and_fixed_of_sublayers() -> None:
+    table = Scores(
+        num_blocks=4,
+        attention={"cos": [0.4, 0.1, 0.3, 0.1]},
+        ffn={"cos": [0.5, 0.05, 0.2, 0.6]},
+    )
+    found = lowest(table, n=2, score="cos", part="attention", protect=(3,))
+    assert (found.drop_attention, found.drop_ffn, found.drop_blocks) == ([1, 2], [], [])
+    assert lowest(table, n=2, score="cos", part="ffn", protect=()).drop_ffn == [1, 2]
+    with pytest.raises(SelectionError, match="n = 4 is more than the 3 attentions"):
+        lowest(table, n=4, score="cos", part="attention", protect=())
+    with pytest.raises(SelectionError, match="block: no score 'cos'"):
+        lowest(table, n=1, score="cos", protect=())
+    given = fixed(table, blocks=(0,), attention=(-1, 1, 0), ffn=(1, 2))
+    assert given.drop_blocks == [0, 1]
+    assert (given.drop_attention, given.drop_ffn) == ([3], [2])
+    with pytest.raises(SelectionError, match="ffn: a block is listed twice"):
+        fixed(table, blocks=(), ffn=(1, -3))
+    with pytest.raises(SelectionError, match="n = 4 is more than the 3 blocks"):
+        fixed(table, blocks=(), attention=(0, 1, 2, 3), ffn=(0, 1, 2, 3))
+
+
+def test_joint_takes_the_lowest_of_both_lists() -> None:
+    table = Scores(
+        num_blocks=4,
+        attention={"cos": [0.4, 0.1, 0.3, 0.1]},
+        ffn={"cos": [0.5, 0.05, 0.2, 0.6]},
+    )
+    found = joint(table, n=3, score="cos", protect=())
+    assert (found.drop_blocks, found.drop_attention, found.drop_ffn) == ([1], [3], [])
+    found = joint(table, n=4, score="cos", protect=(1,))
+    assert (found.drop_blocks, found.drop_attention, found.drop_ffn) == ([2], [0, 3], [])
+    with pytest.raises(SelectionError, match="n = 8 is more than the 7 sublayers"):
+        joint(table, n=8, score="cos", protect=())
+    with pytest.raises(SelectionError, match="attention: no score 'bi'; known: "):
+        joint(scores(), n=1, score="bi", protect=())
+
+
+def kept(depth: int, **asked: float | None) -> list[int]:
+    drop = even(Scores(num_blocks=depth), **{"n": None, "speedup": None} | asked).drop_blocks
+    return [i for i in range(depth) if i not in drop]
+
+
+@pytest.mark.parametrize("depth", [12, 30, 32, 33])
+@pytest.mark.parametrize("speedup", [1, 1.1, 4 / 3, 1.5, 2, 3, 5])
+def test_even_keeps_both_ends_and_spaces_the_rest(depth: int, speedup: float) -> None:
+    found = kept(depth, speedup=speedup)
+    count = int(depth / speedup + 1e-9)
+    assert found == [round(Fraction(i * (depth - 1), count - 1)) for i in range(count)]
+    gaps = [b - a for a, b in itertools.pairwise(found)]
+    assert (len(found), found[0], found[-1]) == (count, 0, depth - 1)
+    assert max(gaps) - min(gaps) <= 1
+    assert kept(depth, n=depth - count) == found
+
+
+def test_even_is_not_the_stride_of_the_authors_code() -> None:
+    """T12 is their rule: a stride, then the last block; it degenerates below a speed-up of 2."""
+
+    def strided(depth: int, speedup: float) -> list[int]:
+        count = int(depth / speedup)
+        return [*[*range(0, depth, int(depth / (count - 1)))][: count - 1], depth - 1]
+
+    assert strided(30, 5) == [0, 6, 12, 18, 24, 29]
+    assert kept(30, speedup=5) == [0, 6, 12, 17, 23, 29]
+    assert strided(32, 4 / 3) == [*range(23), 31]
+    found = kept(32, speedup=4 / 3)
+    assert len(found) == 24
+    assert max(b - a for a, b in itertools.pairwise(found)) == 2
+
+
+def test_even_asks_for_exactly_one_budget() -> None:
+    for asked in ({}, {"n": 3, "speedup": 2.0}):
+        with pytest.raises(SelectionError, match="give exactly one of n"):
+            kept(8, **asked)
+    with pytest.raises(SelectionError, match="one block is too few"):
+        kept(8, n=7)
+    with pytest.raises(SelectionError, match="n = 8 is more than the 7 blocks"):
+        kept(8, speedup=20)
 
 
 @pytest.mark.parametrize("seed", range(3))

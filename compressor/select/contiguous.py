@@ -4,24 +4,25 @@ from __future__ import annotations
 
 from compressor.errors import SelectionError
 from compressor.records import Scores, Selection
-from compressor.select.protect import check_budget, protected
+from compressor.select.protect import free_units, protected
+
+ANGULAR = "angular_distance"
 
 
-def contiguous(scores: Scores, *, n: int, protect: tuple[int, ...]) -> Selection:
+def contiguous(
+    scores: Scores, *, n: int, protect: tuple[int, ...], score: str = ANGULAR
+) -> Selection:
     """Remove blocks l*..l*+n-1 with l* = argmin over l of d(l, n) (arXiv:2403.17887 eq. 7).
 
-    Runs that touch a protected block are passed over; of equal distances the first wins.
-    Raises `SelectionError` when no run is left or the scores hold no distances.
+    By any other score, l* has the least sum of saliencies over its n blocks. Runs that touch a
+    protected block are passed over; of equal runs the first wins.
+    Raises `SelectionError` when no run is left or the score was not computed.
     """
     kept = protected(scores.num_blocks, protect)
-    check_budget(n, scores.num_blocks, kept)
+    free_units(n, scores.num_blocks, "block", kept)
     if n == 0:
         return Selection(num_blocks=scores.num_blocks, drop_blocks=[], reason="nothing to remove")
-    if not scores.distances:
-        raise SelectionError(
-            "contiguous selection needs angular distances; add angular_distance to the score stage"
-        )
-    row = scores.distances[n - 1]
+    row = _costs(scores, n, score)
     runs = {l: range(l, l + n) for l in range(len(row)) if not kept & set(range(l, l + n))}
     if not runs:
         raise SelectionError(
@@ -32,14 +33,24 @@ def contiguous(scores: Scores, *, n: int, protect: tuple[int, ...]) -> Selection
     return Selection(
         num_blocks=scores.num_blocks,
         drop_blocks=list(runs[start]),
-        reason=f"least angular distance across {n} blocks: d({start}, {n}) = {row[start]:.4f}",
+        reason=f"least {score} across {n} blocks: {row[start]:.4f} from block {start}",
     )
+
+
+def _costs(scores: Scores, n: int, score: str) -> list[float]:
+    """What removing the n blocks from l on costs by a score, for l = 0..L-n."""
+    if score == ANGULAR and scores.distances:
+        return scores.distances[n - 1]
+    if score not in scores.block or score == ANGULAR:
+        raise SelectionError(f"block: no score {score!r}; add {score} to the score stage")
+    values = scores.block[score]
+    return [sum(values[l : l + n]) for l in range(len(values) - n + 1)]
 
 
 def simple(scores: Scores, *, n: int) -> Selection:
     """Remove blocks L-1-n..L-2: the deepest n but the last (arXiv:2403.17887 section 4.4)."""
     last = scores.num_blocks - 1
-    check_budget(n, scores.num_blocks, {last})
+    free_units(n, scores.num_blocks, "block", {last})
     return Selection(
         num_blocks=scores.num_blocks,
         drop_blocks=list(range(last - n, last)),

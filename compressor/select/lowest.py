@@ -1,28 +1,44 @@
-"""Removing the least important blocks, wherever they are, or just those asked for."""
+"""Removing the least important parts, wherever they are, or just those asked for."""
 
 from __future__ import annotations
 
 from compressor.errors import SelectionError, did_you_mean
 from compressor.records import Scores, Selection
-from compressor.select.protect import check_budget, protected
+from compressor.select.protect import Part, Unit, all_units, cut, free_units, protected
 
 
-def lowest(scores: Scores, *, n: int, score: str, protect: tuple[int, ...]) -> Selection:
-    """Remove the n unprotected blocks with the lowest saliency; of equals, the deeper goes.
+def lowest(
+    scores: Scores, *, n: int, score: str, protect: tuple[int, ...], part: Part = "block"
+) -> Selection:
+    """Remove the n unprotected parts with the lowest saliency; of equals, the deeper goes.
 
     Raises `SelectionError` for a score that was not computed or a budget that does not fit.
     """
-    if score not in scores.block:
-        raise SelectionError(f"no score {score!r}{did_you_mean(score, scores.block)}")
-    kept = protected(scores.num_blocks, protect)
-    check_budget(n, scores.num_blocks, kept)
-    free = [i for i in range(scores.num_blocks) if i not in kept]
-    free.sort(key=lambda i: (scores.block[score][i], -i))
-    return Selection(
-        num_blocks=scores.num_blocks,
-        drop_blocks=sorted(free[:n]),
-        reason=f"the {n} lowest by {score}",
-    )
+    units = lowest_units(scores, n, score, part, protect)
+    return cut(scores.num_blocks, units, f"the {n} lowest by {score}")
+
+
+def joint(scores: Scores, *, n: int, score: str, protect: tuple[int, ...]) -> Selection:
+    """Remove the n lowest sublayers of attention and feed-forward taken as one list of 2L.
+
+    LLM-Drop's joint layer drop (arXiv:2406.15786 section 3.3), where saliency is one minus the
+    cosine across the sublayer with its residual. Raises `SelectionError` as `lowest` does.
+    """
+    units = lowest_units(scores, n, score, "sublayers", protect)
+    return cut(scores.num_blocks, units, f"the {n} lowest sublayers by {score}")
+
+
+def lowest_units(
+    scores: Scores, n: int, score: str, part: Part, protect: tuple[int, ...]
+) -> list[Unit]:
+    """The n lowest units by a score, the lowest first; raises `SelectionError`."""
+    free = free_units(n, scores.num_blocks, part, protect)
+    for kind in sorted({kind for kind, _ in all_units(1, part)}):
+        known = getattr(scores, kind)
+        if score not in known:
+            raise SelectionError(f"{kind}: no score {score!r}{did_you_mean(score, known)}")
+    saliency: dict[Unit, float] = {u: getattr(scores, u[0])[score][u[1]] for u in free}
+    return sorted(free, key=lambda unit: (saliency[unit], -unit[1]))[:n]
 
 
 def fixed(
@@ -41,12 +57,8 @@ def fixed(
     for kind, listed in lists.items():
         if len(gone[kind]) != len(listed):
             raise SelectionError(f"{kind}: a block is listed twice in {list(listed)}")
-    drop = gone["blocks"] | (gone["attention"] & gone["ffn"])
-    check_budget(len(drop), scores.num_blocks, ())
-    return Selection(
-        num_blocks=scores.num_blocks,
-        drop_blocks=sorted(drop),
-        drop_attention=sorted(gone["attention"] - drop),
-        drop_ffn=sorted(gone["ffn"] - drop),
-        reason="the list that was given",
-    )
+    whole = gone["blocks"] | (gone["attention"] & gone["ffn"])
+    free_units(len(whole), scores.num_blocks, "block", ())
+    units = [("block", i) for i in whole]
+    units += [(kind, i) for kind in ("attention", "ffn") for i in gone[kind] - whole]
+    return cut(scores.num_blocks, units, "the list that was given")
