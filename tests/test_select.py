@@ -98,7 +98,7 @@ def test_joint_takes_the_lowest_of_both_lists() -> None:
     assert (found.drop_blocks, found.drop_attention, found.drop_ffn) == ([2], [0, 3], [])
     with pytest.raises(SelectionError, match="n = 8 is more than the 7 sublayers"):
         joint(table, n=8, score="cos", protect=())
-    with pytest.raises(SelectionError, match="^attention: no score 'bi'$"):
+    with pytest.raises(SelectionError, match=r"^attention: no score 'bi'$"):
         joint(scores(), n=1, score="bi", protect=())
 
 
