@@ -19,11 +19,13 @@ from compressor.records import Selection
 from compressor.trial import Trial
 from tests.tiny import FAMILIES, save_tiny, tokens
 
+SANDWICH = (
+    ("input_layernorm", "self_attn", "post_attention_layernorm"),
+    ("pre_feedforward_layernorm", "mlp", "post_feedforward_layernorm"),
+)
 NAMES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "gemma3_text": (
-        ("input_layernorm", "self_attn", "post_attention_layernorm"),
-        ("pre_feedforward_layernorm", "mlp", "post_feedforward_layernorm"),
-    ),
+    "gemma2": SANDWICH,
+    "gemma3_text": SANDWICH,
     "gpt2": (("ln_1", "attn"), ("ln_2", "mlp")),
     "opt": (("self_attn_layer_norm", "self_attn"), ("final_layer_norm", "fc1", "fc2")),
     "olmo2": (("self_attn", "post_attention_layernorm"), ("mlp", "post_feedforward_layernorm")),
