@@ -119,9 +119,9 @@ def test_both_scores_cost_one(
     headed: list[int] = []
     run, resident, head = Decoder.run, Decoder.resident, Decoder.head
 
-    def counted(self: Decoder, index: int, x: Tensor) -> Tensor:
+    def counted(self: Decoder, index: int, x: Tensor, block: Any = None) -> Tensor:
         rows.append(len(x))
-        return run(self, index, x)
+        return run(self, index, x, block)
 
     def opened(self: Decoder, index: int) -> Any:
         loaded.append(index)

@@ -167,9 +167,9 @@ def test_all_scores_share_one_walk(
     calls: list[int] = []
     run = Decoder.run
 
-    def counted(self: Decoder, index: int, x: Tensor) -> Tensor:
+    def counted(self: Decoder, index: int, x: Tensor, block: Any = None) -> Tensor:
         calls.append(index)
-        return run(self, index, x)
+        return run(self, index, x, block)
 
     monkeypatch.setattr(Decoder, "run", counted)
     methods = {
@@ -197,8 +197,8 @@ def test_overflow_is_named_by_block(
 ) -> None:
     run = Decoder.run
 
-    def overflow(self: Decoder, index: int, x: Tensor) -> Tensor:
-        return run(self, index, x) * (bad if index == 2 else 1)
+    def overflow(self: Decoder, index: int, x: Tensor, block: Any = None) -> Tensor:
+        return run(self, index, x, block) * (bad if index == 2 else 1)
 
     monkeypatch.setattr(Decoder, "run", overflow)
     with pytest.raises(CompressError, match=r"the output of block 2 is not finite; .*float32"):
