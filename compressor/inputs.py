@@ -13,7 +13,7 @@ from compressor.moments import Gram
 from compressor.walk import Step
 
 
-class _Seen(Exception):
+class Seen(Exception):
     """Stops a block's forward once the awaited input was seen."""
 
 
@@ -26,11 +26,11 @@ def input_gram(step: Step, name: str, linear: nn.Linear) -> Tensor:
 
     def take(_: str, x: Tensor) -> None:
         gram.add(x)
-        raise _Seen
+        raise Seen
 
     with inputs_of({name: linear}, take):
         for x in step.inputs():
-            with suppress(_Seen):
+            with suppress(Seen):
                 step.run(x)
     mean = gram.mean
     _check_finite(name, mean)

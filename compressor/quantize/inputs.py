@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
 
 from compressor.decoder import Decoder
 from compressor.errors import QuantizationError
+from compressor.inputs import Seen, inputs_of
 from compressor.moments import Cross, Gram
 from compressor.walk import Step
 
@@ -56,10 +57,6 @@ class Moments:
         return self._cross.mean if self._cross else None
 
 
-class _Seen(Exception):
-    """Stops a block's forward once the awaited input was seen."""
-
-
 def input_groups(decoder: Decoder, tokens: Tensor, index: int) -> list[Group]:
     """Linears of the resident block `index` in the order they run, grouped by shared input.
 
@@ -78,7 +75,7 @@ def input_groups(decoder: Decoder, tokens: Tensor, index: int) -> list[Group]:
         inputs.append(x)
         groups.append(Group({name: linears[name]}))
 
-    with _inputs_of(linears, watch):
+    with inputs_of(linears, watch):
         decoder.run(index, decoder.embed(tokens[:1, :_PROBE]))
     silent = sorted(linears.keys() - {name for group in groups for name in group})
     if silent:
@@ -109,7 +106,7 @@ def quantize_in_turn(
     if original:
         for name in by_leader:
             teachers[name] = original.block.get_submodule(name.removeprefix(prefix))
-        with _inputs_of(teachers, taught.__setitem__):
+        with inputs_of(teachers, taught.__setitem__):
             next(original.advance())
     others = step.stream.batches[1:]
 
@@ -124,7 +121,7 @@ def quantize_in_turn(
             moments.add(_stop_at(step, leaders, name, rows), truth)
         quantize(group, moments)
 
-    with _inputs_of(leaders, arrive):
+    with inputs_of(leaders, arrive):
         next(step.advance())
 
 
@@ -134,23 +131,8 @@ def _stop_at(step: Step, linears: dict[str, nn.Module], name: str, rows: slice) 
 
     def take(_: str, x: Tensor) -> None:
         seen.append(x)
-        raise _Seen
+        raise Seen
 
-    with _inputs_of({name: linears[name]}, take), suppress(_Seen):
+    with inputs_of({name: linears[name]}, take), suppress(Seen):
         step.run(step.stream.x[rows])
     return seen[0]
-
-
-@contextmanager
-def _inputs_of(linears: dict[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Call `see(name, x)` before each linear runs."""
-
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _, args: see(name, args[0])
-
-    handles = [linear.register_forward_pre_hook(hook(name)) for name, linear in linears.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

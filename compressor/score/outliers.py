@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from compressor.blocks import weight_of
 from compressor.decoder import Decoder
 from compressor.errors import NotApplicable
+from compressor.inputs import inputs_of
 from compressor.records import Scores
 from compressor.score.collector import Collector, Watcher
 from compressor.score.pieces import pieces
@@ -39,24 +39,15 @@ class InputNorms(Watcher):
             self._squares, self._index = {}, step.index
         seen: list[Tensor] = []  # an input and the sums of its squares
 
-        def hook(name: str) -> Any:
-            def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-                x = args[0]
-                if not (seen and seen[0] is x):
-                    rows = pieces(x.reshape(-1, x.shape[-1]))
-                    sums = torch.stack([each.float().square().sum(0) for each in rows])
-                    seen[:] = x, sums.sum(0, dtype=torch.float64)
-                self._squares[name] = self._squares.get(name, 0) + seen[1]
+        def see(name: str, x: Tensor) -> None:
+            if not (seen and seen[0] is x):
+                rows = pieces(x.reshape(-1, x.shape[-1]))
+                sums = torch.stack([each.float().square().sum(0) for each in rows])
+                seen[:] = x, sums.sum(0, dtype=torch.float64)
+            self._squares[name] = self._squares.get(name, 0) + seen[1]
 
-            return see
-
-        linears = self._blocks.linears(step.index)
-        handles = [m.register_forward_pre_hook(hook(name)) for name, m in linears.items()]
-        try:
+        with inputs_of(self._blocks.linears(step.index), see):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def ratings(self, index: int) -> Iterator[Tensor]:
         """A = |W| ||X|| of each linear of a resident block, in float32, some rows at a time.
