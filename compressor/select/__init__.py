@@ -112,7 +112,9 @@ class SkrrParams(Params):
 
     n: int = Field(ge=0, description=_N)
     beam: int = Field(3, gt=0, description="masks that go on after each round")
-    reuse: bool = Field(True, description="let neighbours stand in for skipped sublayers")
+    reuse: bool = Field(
+        False, description="let neighbours stand in for skipped sublayers; tried, not written yet"
+    )
     protect: Indices = Field((), description=_PROTECT)
 
 
