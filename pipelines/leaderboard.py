@@ -100,7 +100,8 @@ def show(board: Mapping[str, Any], to: Console) -> None:
 def markdown(board: Mapping[str, Any]) -> str:
     """The leaderboard as Markdown."""
     lines = ["| " + " | ".join(HEADINGS) + " |", "|---|" + "---:|" * (len(HEADINGS) - 2) + "---|"]
-    lines += ["| " + " | ".join(row[:-1]) + f" | `{row[-1]}` |" for row in cells(board)]
+    for *words, drawn in cells(board):
+        lines.append(f"| {' | '.join(words)} | {f'`{drawn}`' if drawn else ''} |")
     return "\n".join([*lines, "", *(f"- {note}" for note in notes(board))]) + "\n"
 
 
