@@ -80,5 +80,5 @@ def test_golden_perplexities(folder: Path, tmp_path: Path) -> None:
     quantize(folder, packed, calibration.tokens, "gptq", GptqParams(group_size=64))
     low = evaluate(packed, held_out.tokens, tmp_path)
     assert dense["perplexity"] == pytest.approx(18.5836, rel=1e-3)
-    assert low["perplexity"] == pytest.approx(21.35, rel=1e-2)
+    assert low["perplexity"] == pytest.approx(20.79, rel=1e-2)
     assert low["bytes"] < 0.45 * dense["bytes"]
