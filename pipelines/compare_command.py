@@ -27,7 +27,7 @@ SELECTIONS = "contiguous,lowest,simple"
 @click.option("--budget", type=click.IntRange(min=1), required=True, help="How many parts go.")
 @click.option(
     "--part", type=click.Choice(contest.PARTS), default="block", show_default=True,
-    help="What a part is: a block, an attention, a feed-forward, or either (both).",
+    help="What a part is: a block, an attention, a feed-forward, or either of the two (sublayers).",
 )  # fmt: skip
 @click.option("--scores", default=SCORES, show_default=True, help="Names, joined by commas.")
 @click.option("--selections", default=SELECTIONS, show_default=True, help="Names, likewise.")
@@ -85,7 +85,7 @@ def compare(
     if as_json:
         click.echo(json.dumps(board, indent=1))
     elif quiet:
-        click.echo(board["rows"][0]["choice"] if board["rows"] else "")
+        click.echo(board["rows"][0]["choice"])
     else:
         leaderboard.show(board, display.stdout())
 
