@@ -20,7 +20,6 @@ from compressor.export.genai import write_config
 from compressor.export.parity import (
     TOLERANCE,
     Answers,
-    agreement,
     ask,
     differences,
     questions,
@@ -82,16 +81,18 @@ def compare(
     if "safetensors" in params.formats and not params.head_bits:
         report["safetensors"] = _reloaded(out / "safetensors", answers)
     folder = out / "onnx"
-    levels = [0, params.accuracy_level] if params.accuracy_level else [0]
-    for level in levels:
-        found = _graph(folder, answers, exact=level == 0)
-        report[f"accuracy_level_{level}"] = found
+    if params.accuracy_level:
+        with probed(folder) as session:
+            report["accuracy_level_0"], _ = differences(session, answers)
+    session = Session(folder)
+    report[f"accuracy_level_{params.accuracy_level}"], equal = differences(session, answers)
+    for level in sorted({0, params.accuracy_level}):
         tolerance = TOLERANCE[params.onnx_dtype, level]
+        found = report[f"accuracy_level_{level}"]
         failed = {kind: value for kind, value in found.items() if not value <= tolerance}
         if failed:
             raise ExportError(_failure(source, folder, params, level, failed, prompts[-1]))
-    session = Session(folder)
-    equal, total = agreement(session, answers), sum(map(len, answers.greedy))
+    total = sum(map(len, answers.greedy))
     largest = max(report["accuracy_level_0"].values())
     return report | {
         "greedy_equal": equal,
@@ -119,13 +120,6 @@ def _reloaded(folder: Path, answers: Answers) -> float | str:
             f"deviations (tolerance {tolerance:.0e}); please report this model's config.json"
         )
     return worst
-
-
-def _graph(folder: Path, answers: Answers, *, exact: bool) -> dict[str, float]:
-    if not exact:
-        return differences(Session(folder), answers)
-    with probed(folder) as session:
-        return differences(session, answers)
 
 
 def _failure(

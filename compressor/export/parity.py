@@ -114,14 +114,16 @@ def ask(model: Any, prompts: list[Tensor], windows: Tensor, count: int) -> Answe
     return Answers(arrays, logits, greedy, steps, windows.numpy(), nll)
 
 
-def differences(session: Session, answers: Answers) -> dict[str, float]:
-    """Largest difference of each kind, in standard deviations of the logits.
+def differences(session: Session, answers: Answers) -> tuple[dict[str, float], int]:
+    """Largest difference of each kind, in standard deviations of the logits; equal tokens.
 
     `prefill` of each prompt alone, `chunked` in two parts through the cache, `padded` all
     prompts in one batch and one more token each, `decode` token by token; `greedy` is how far
-    below the likeliest token the graph's own choice ever was; `nll` in nats per token.
+    below the likeliest token the graph's own choice ever was; `nll` in nats per token. Equal
+    greedy tokens are counted up to the first that is not: until there, being fed torch's tokens
+    and running free are the same.
     """
-    found = dict.fromkeys(("prefill", "chunked", "decode", "greedy"), 0.0)
+    found, equal = dict.fromkeys(("prefill", "chunked", "decode", "greedy"), 0.0), 0
     for prompt, logits, tokens, steps in zip(
         answers.prompts, answers.logits, answers.greedy, answers.steps, strict=True
     ):
@@ -134,6 +136,7 @@ def differences(session: Session, answers: Answers) -> dict[str, float]:
             out, cache = session.run(token.reshape(1, 1), cache)
             decoded.append(out[:, -1])
         own = np.concatenate(decoded)
+        equal += int(np.cumprod(own.argmax(-1) == tokens).sum())
         margin = steps.max(-1) - np.take_along_axis(steps, own.argmax(-1)[:, None], 1)[:, 0]
         pairs = {
             "prefill": (whole[0], logits),
@@ -148,16 +151,7 @@ def differences(session: Session, answers: Answers) -> dict[str, float]:
         rows = answers.windows
         losses = [_nll(session.run(row[None])[0][0].astype(np.float32), row) for row in rows]
         found["nll"] = abs(float(np.mean(losses)) - answers.nll)
-    return found
-
-
-def agreement(session: Session, answers: Answers) -> int:
-    """How many free-running greedy tokens equal torch's, up to the first that does not."""
-    equal = 0
-    for prompt, tokens in zip(answers.prompts, answers.greedy, strict=True):
-        ours = np.array(session.generate(prompt[None], len(tokens)))
-        equal += int(np.cumprod(ours == tokens).sum())
-    return equal
+    return found, equal
 
 
 def _padded(session: Session, answers: Answers) -> float:
