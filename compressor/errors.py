@@ -68,6 +68,10 @@ class ExportError(CompressError):
     """An export cannot be built, or does not agree with the model."""
 
 
+class NotEmitted(ExportError):
+    """A model whose ONNX nodes are not emitted from its weights; it may still be traced."""
+
+
 class ArtifactError(CompressError):
     """A stored artifact is damaged, missing or in use."""
 

@@ -123,7 +123,7 @@ def test_removed_sublayers_are_absent(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "overrides", "said"),
     [
-        ("gpt2", {}, "no ONNX graph"),
+        ("gpt2", {}, "no ONNX nodes"),
         ("llama", {"hidden_size": 32}, "multiples of 16"),
         ("llama", {"hidden_act": "relu"}, "relu"),
         (

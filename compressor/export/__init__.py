@@ -18,6 +18,9 @@ class ExportParams(Params):
     onnx_dtype: Literal["float32", "float16"] = Field(
         "float32", description="weights and activations of the ONNX graph"
     )
+    graph: Literal["auto", "emitted", "traced"] = Field(
+        "auto", description="emit nodes from the weights, trace torch, or what the family allows"
+    )
     accuracy_level: Literal[0, 4] = Field(
         0, description="integer matrices: 0 computes in onnx_dtype, 4 with 8-bit activations (fast)"
     )

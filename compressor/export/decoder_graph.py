@@ -18,7 +18,7 @@ from compressor import progress
 from compressor.blocks import Blocks
 from compressor.decoder import skeleton
 from compressor.dense import DenseReader
-from compressor.errors import ExportError
+from compressor.errors import NotEmitted
 from compressor.export.graph import MICROSOFT, Graph
 from compressor.export.linears import Linears
 from compressor.export.traits import ACTIVATIONS, activation_of, traits_of
@@ -51,7 +51,8 @@ def build(
     (B, kv_heads, P, head_dim); outputs: logits (B, S, V), present.i.{key,value}. Batch,
     sequence and past are dynamic; sequences are padded on the right only, because
     GroupQueryAttention takes lengths from the mask's sum.
-    Raises `ExportError` for families, rotary scalings and group sizes that are not emitted.
+    Raises `NotEmitted` for families and rotary scalings, `ExportError` for group sizes that the
+    operators lack.
     """
     config: Any = AutoConfig.from_pretrained(folder)
     traits_of(config)
@@ -74,7 +75,7 @@ class _Decoder:
         self.kv_heads = config.num_key_value_heads or self.heads
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
         if self.head_dim % 16:
-            raise ExportError(
+            raise NotEmitted(
                 f"{config.model_type}: heads of {self.head_dim} channels; "
                 "GroupQueryAttention takes multiples of 16"
             )

@@ -19,27 +19,28 @@ _SEARCH = {
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def write_config(folder: Path, config: dict[str, Any], caches: int) -> None:
+def write_config(folder: Path, config: Any, caches: int, *, in_place: bool) -> None:
     """Write `genai_config.json` for a graph with `caches` pairs of key and value inputs.
 
     `num_hidden_layers` is what the runtime counts caches by, so it is `caches` and not the
     number of blocks. Token ids and sampling come from `generation_config.json`, then from
-    `config` (the checkpoint's config.json); without a pad token padding is the first eos.
+    the checkpoint's `config`; without a pad token padding is the first eos. `in_place`: the
+    graph can write what is new into the buffer of the past.
     """
     path = folder / "generation_config.json"
     generation = read_json(path) if path.exists() else {}
-    heads, hidden = config["num_attention_heads"], config["hidden_size"]
-    ids = {name: generation.get(name, config.get(name)) for name in _IDS}
+    heads, hidden = config.num_attention_heads, config.hidden_size
+    ids = {name: generation.get(name, getattr(config, name, None)) for name in _IDS}
     if ids["pad_token_id"] is None:
         eos = ids["eos_token_id"]
         ids["pad_token_id"] = eos[0] if isinstance(eos, list) else eos
-    length = config["max_position_embeddings"]
+    length = config.max_position_embeddings
     decoder = {
         "filename": MODEL,
-        "head_size": config.get("head_dim") or hidden // heads,
+        "head_size": getattr(config, "head_dim", None) or hidden // heads,
         "hidden_size": hidden,
         "num_attention_heads": heads,
-        "num_key_value_heads": config.get("num_key_value_heads") or heads,
+        "num_key_value_heads": getattr(config, "num_key_value_heads", None) or heads,
         "num_hidden_layers": caches,
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
         "inputs": {
@@ -57,10 +58,10 @@ def write_config(folder: Path, config: dict[str, Any], caches: int) -> None:
     model = {
         "type": "decoder",
         "context_length": length,
-        "vocab_size": config["vocab_size"],
+        "vocab_size": config.vocab_size,
         "decoder": decoder,
         **{name: value for name, value in ids.items() if value is not None},
     }
     search = {name: generation.get(name, default) for name, default in _SEARCH.items()}
-    search |= {"max_length": length, "num_beams": 1, "past_present_share_buffer": True}
+    search |= {"max_length": length, "num_beams": 1, "past_present_share_buffer": in_place}
     write_json(folder / GENAI, {"model": model, "search": search})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from compressor.checkpoint import Checkpoint
 from compressor.dense import DenseReader
-from compressor.errors import ExportError
+from compressor.errors import ExportError, NotEmitted
 from compressor.export import ExportParams
-from compressor.export.decoder_graph import build
+from compressor.export.decoder_graph import Built, build
 from compressor.export.genai import write_config
 from compressor.export.parity import (
     TOLERANCE,
@@ -27,8 +28,10 @@ from compressor.export.parity import (
 )
 from compressor.export.probe import first_difference, probed
 from compressor.export.session import Session
-from compressor.families import native_config
+from compressor.export.traced import trace
 from compressor.layouts import Packed
+
+log = logging.getLogger(__name__)
 
 
 def export(
@@ -46,14 +49,15 @@ def export(
     if "onnx" in params.formats:
         folder = out / "onnx"
         folder.mkdir()
-        dtype = getattr(torch, params.onnx_dtype)
-        built = build(source, folder, dtype, params.accuracy_level, params.head_bits)
+        graph, built = _graph(source, folder, params)
         for path in [*checkpoint.side_files, source / "config.json"]:
             shutil.copyfile(path, folder / path.name)
-        write_config(folder, native_config(checkpoint.config), built.caches)
+        config = AutoConfig.from_pretrained(source).get_text_config()
+        write_config(folder, config, built.caches, in_place=graph == "emitted")
         metrics["onnx"] = {
             "bytes": sum(p.stat().st_size for p in folder.iterdir()),
-            "blocks": native_config(checkpoint.config)["num_hidden_layers"],
+            "graph": graph,
+            "blocks": config.num_hidden_layers,
             "container_bytes": built.container_bytes,
             "nominal_bytes": built.nominal_bytes,
         }
@@ -62,6 +66,21 @@ def export(
     if "onnx" in params.formats:
         metrics["onnx"]["parity"] = compare(source, out, params, tokens)
     return metrics
+
+
+def _graph(source: Path, folder: Path, params: ExportParams) -> tuple[str, Built]:
+    """Emit the graph where the family allows it, else trace it."""
+    dtype, level = getattr(torch, params.onnx_dtype), params.accuracy_level
+    if params.graph != "traced":
+        try:
+            return "emitted", build(source, folder, dtype, level, params.head_bits)
+        except NotEmitted as reason:
+            if params.graph == "emitted":
+                raise
+            log.warning("%s; it is traced instead, which takes minutes", reason)
+    if params.head_bits:
+        raise ExportError("head_bits: only in an emitted graph; set export.head_bits to null")
+    return "traced", trace(reference(source), source, folder, dtype, level)
 
 
 def compare(

@@ -164,6 +164,8 @@ def _padded(session: Session, answers: Answers) -> float:
     mask = (columns[:-1] < lengths[:, None]).astype(np.int64)
     logits, cache = session.run(ids, mask=mask)
     longer = (columns <= lengths[:, None]).astype(np.int64)
+    if session.appends:
+        longer = np.concatenate([mask, np.ones_like(mask[:, :1])], axis=1)
     first = np.array([tokens[:1] for tokens in answers.greedy])
     steps, _ = session.run(first, cache, longer)
     worst = 0.0

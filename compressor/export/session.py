@@ -13,6 +13,8 @@ from compressor.export.graph import MODEL
 from compressor.timing import speed
 
 log = logging.getLogger(__name__)
+APPENDING = "compress.cache_appends"
+"""Metadata of graphs whose cache keeps padding too: their mask may have holes."""
 Cache = dict[str, np.ndarray]
 
 
@@ -22,6 +24,7 @@ class Session:
     Attributes:
         providers: what onnxruntime really uses; it falls back without an error.
         vocabulary: how many tokens there are.
+        appends: whether the cache keeps padding too, so that the mask may have holes.
     """
 
     def __init__(self, folder: Path, device: str = "auto", model: str = MODEL) -> None:
@@ -37,6 +40,7 @@ class Session:
         self.providers: list[str] = self._session.get_providers()
         if self.providers[0] != chosen[0]:
             log.warning("onnxruntime fell back to %s; see: compress doctor", self.providers[0])
+        self.appends = APPENDING in self._session.get_modelmeta().custom_metadata_map
         inputs = {i.name: i for i in self._session.get_inputs()}
         self._past = [i for name, i in inputs.items() if name.startswith("past_key_values.")]
         outputs = self._session.get_outputs()
@@ -72,7 +76,7 @@ class Session:
         if mask is None:
             past = next(iter(cache.values())).shape[2]
             mask = np.ones((len(ids), past + ids.shape[1]), np.int64)
-        if (np.diff(mask, axis=1) > 0).any():
+        if not self.appends and (np.diff(mask, axis=1) > 0).any():
             raise ExportError("the batch is padded on the left; pad on the right for this graph")
         feeds = {"input_ids": ids, "attention_mask": mask, **cache}
         return dict(zip(self._outputs, self._session.run(None, feeds), strict=True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from compressor.errors import ExportError, did_you_mean
+from compressor.errors import NotEmitted
 from compressor.families import family_of
 
 
@@ -57,28 +57,25 @@ _STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 def traits_of(config: Any) -> Traits:
     """The traits of a config's family.
 
-    Raises `ExportError` for families, activations and rotary scalings that are not emitted.
+    Raises `NotEmitted` for families, activations and rotary scalings that are not emitted.
     """
     family = family_of(config)
     if family not in TRAITS:
-        raise ExportError(
-            f"{family}: no ONNX graph for this family yet{did_you_mean(family, TRAITS)}; "
-            "set export.formats to [safetensors]"
-        )
+        raise NotEmitted(f"{family}: no ONNX nodes are emitted for this family")
     activation = activation_of(config)
     if activation not in ACTIVATIONS:
-        raise ExportError(
+        raise NotEmitted(
             f"{family}: activation {activation!r} is not emitted; only {', '.join(ACTIVATIONS)}"
         )
     rope = getattr(config, "rope_parameters", None) or {}
     for kind in {table.get("rope_type", "default") for table in _tables(rope)}:
         if kind not in _STATIC_ROPE:
-            raise ExportError(
+            raise NotEmitted(
                 f"{family}: rotary scaling {kind!r} depends on the length and is not emitted; "
                 f"supported: {', '.join(_STATIC_ROPE)}"
             )
     if getattr(config, "use_bidirectional_attention", False):
-        raise ExportError(f"{family}: attention to later tokens is not emitted")
+        raise NotEmitted(f"{family}: attention to later tokens is not emitted")
     return TRAITS[family]
 
 
