@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+OPTIMUM := .venv-optimum
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 comma := ,
 GPU := $(shell command -v nvidia-smi 2>/dev/null)
@@ -40,8 +41,15 @@ demo: $(VENV)/demo ## Take a real model through the whole pipeline and print the
 test: lint type ## Style, types and all tests but the slow ones
 	$(BIN)/python -m pytest -q -n 2
 
-test-slow: $(VENV)/demo ## The tests on the real model, and everything that takes minutes
-	$(BIN)/python -m pytest -q -m slow
+test-slow: $(VENV)/demo $(OPTIMUM)/installed ## The tests on the real model, and all that takes minutes
+	OPTIMUM_PYTHON=$(OPTIMUM)/bin/python $(BIN)/python -m pytest -q -m slow
+
+# optimum-onnx needs transformers below 4.58: an environment of its own.
+$(OPTIMUM)/installed:
+	$(PYTHON) -m venv $(OPTIMUM)
+	$(OPTIMUM)/bin/python -m pip install --quiet --extra-index-url $(TORCH_CPU_INDEX) \
+		'torch==$(TORCH)+cpu' 'optimum-onnx[onnxruntime]==0.1.0' 'transformers==4.57.6'
+	touch $@
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check
@@ -58,4 +66,4 @@ artifacts/%: configs/%.yaml $(VENV)/demo ## Build a configuration by name: make 
 	$(BIN)/compress run $<
 
 clean: ## Remove the environment and the caches, not the artifacts
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OPTIMUM) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -65,3 +65,20 @@ def native_config(raw: dict[str, Any]) -> dict[str, Any]:
     if "base_config" not in raw:
         return raw
     return {**raw["base_config"], "model_type": raw["base_model_type"]}
+
+
+def legacy_rope(native: dict[str, Any]) -> dict[str, Any]:
+    """What transformers before 5 and many servers read for `rope_parameters`.
+
+    They know no such key and fall back on theta 10000 without a word.
+    """
+    rope = native.get("rope_parameters") or {}
+    tables = {kind: table for kind, table in rope.items() if isinstance(table, dict)}
+    whole = dict(tables.get("full_attention", {}) if tables else rope)
+    if not whole:
+        return {}
+    theta, kind = whole.pop("rope_theta", 10000.0), whole.get("rope_type", "default")
+    legacy = {"rope_theta": theta, "rope_scaling": None if kind == "default" else whole}
+    if "sliding_attention" in tables:
+        legacy["rope_local_base_freq"] = tables["sliding_attention"]["rope_theta"]
+    return legacy

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from compressor.dense import DenseReader
 from compressor.errors import ExportError
@@ -211,3 +212,19 @@ def test_float16_graph(tmp_path: Path) -> None:
     params = ExportParams(formats=("onnx",), onnx_dtype="float16")
     metrics = onnx_export.export(tmp_path / "model", tmp_path, params)
     assert 1e-6 < metrics["onnx"]["parity"]["accuracy_level_0"]["prefill"] < 0.05
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_exported_configs_give_the_rope_by_its_old_names_too(family: str, tmp_path: Path) -> None:
+    heads = {"head_dim": 16} if family == "gemma3_text" else {}
+    model: Any = save_tiny(tmp_path / "model", family, hidden_size=64, **heads)
+    save_tokenizer(tmp_path / "model")
+    onnx_export.export(tmp_path / "model", tmp_path, ExportParams())
+    rope = model.config.rope_parameters
+    for folder in ("safetensors", "onnx"):
+        raw = json.loads((tmp_path / folder / "config.json").read_text())
+        assert raw["rope_theta"] == rope.get("full_attention", rope)["rope_theta"]
+        assert raw["rope_scaling"] is None
+        sliding = rope.get("sliding_attention", {})
+        assert raw.get("rope_local_base_freq") == sliding.get("rope_theta")
+        assert AutoConfig.from_pretrained(tmp_path / folder).rope_parameters == rope

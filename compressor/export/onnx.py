@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from compressor.checkpoint import Checkpoint
+from compressor.checkpoint import Checkpoint, write_json
 from compressor.dense import DenseReader
 from compressor.errors import ExportError, NotEmitted
 from compressor.export import ExportParams
@@ -29,6 +29,7 @@ from compressor.export.parity import (
 from compressor.export.probe import first_difference, probed
 from compressor.export.session import Session
 from compressor.export.traced import trace
+from compressor.families import legacy_rope
 from compressor.layouts import Packed
 
 log = logging.getLogger(__name__)
@@ -41,17 +42,20 @@ def export(
 
     `safetensors/` is the checkpoint as it is, tensors in their own dtype; `onnx/` holds the
     graph with the tokenizer, generation config, config and `genai_config.json` beside it.
+    Both configs give rotary parameters by their old names too.
     `tokens` (N, T) are held-out windows; without them prompts are random.
     Raises `ExportError` when torch, the safetensors and the graph disagree, naming the place.
     """
     metrics: dict[str, Any] = {"formats": list(params.formats)}
     checkpoint = Checkpoint(source)
+    raw = checkpoint.config | legacy_rope(checkpoint.config)
     if "onnx" in params.formats:
         folder = out / "onnx"
         folder.mkdir()
         graph, built = _graph(source, folder, params)
-        for path in [*checkpoint.side_files, source / "config.json"]:
+        for path in checkpoint.side_files:
             shutil.copyfile(path, folder / path.name)
+        write_json(folder / "config.json", raw)
         config = AutoConfig.from_pretrained(source).get_text_config()
         write_config(folder, config, built.caches, in_place=graph == "emitted")
         metrics["onnx"] = {
@@ -63,6 +67,7 @@ def export(
         }
     if "safetensors" in params.formats:
         shutil.copytree(source, out / "safetensors", ignore=shutil.ignore_patterns("manifest.json"))
+        write_json(out / "safetensors/config.json", raw)
     if "onnx" in params.formats:
         metrics["onnx"]["parity"] = compare(source, out, params, tokens)
     return metrics

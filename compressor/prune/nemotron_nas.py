@@ -10,7 +10,7 @@ from transformers import AutoConfig
 from compressor.blocks import Blocks
 from compressor.decoder import skeleton
 from compressor.errors import NotApplicable
-from compressor.families import LLAMA_SHAPED, family_of
+from compressor.families import LLAMA_SHAPED, family_of, legacy_rope
 from compressor.prune import sublayers
 from compressor.records import Selection
 from compressor.shallow.configuration_decilm import DeciLMConfig, ffn_width
@@ -64,7 +64,7 @@ def config(cut: sublayers.Cut) -> dict[str, Any]:
         blocks.append({"attention": attention | _PLAIN | _WINDOW, "ffn": ffn | _PLAIN})
     return {
         **native,
-        **_legacy_rope(native),
+        **legacy_rope(native),
         "model_type": DeciLMConfig.model_type,
         "architectures": ["DeciLMForCausalLM"],
         "auto_map": {
@@ -104,12 +104,3 @@ def _check_shape(source: Path) -> None:
             f"{source}: nemotron-nas holds plain Llama blocks only: {reason}; write the canonical "
             "flavour"
         )
-
-
-def _legacy_rope(native: dict[str, Any]) -> dict[str, Any]:
-    """`rope_theta` and `rope_scaling` beside transformers 5's `rope_parameters`, for servers."""
-    rope = dict(native.get("rope_parameters") or {})
-    if not rope:
-        return {}
-    theta = rope.pop("rope_theta", 10000.0)
-    return {"rope_theta": theta, "rope_scaling": None if rope["rope_type"] == "default" else rope}
