@@ -191,6 +191,16 @@ MIXED: dict[int, Scheme] = {0: (8, 32, True), 1: (4, 16, True), 2: (3, 32, True)
 ASYMMETRIC: dict[int, Scheme] = {0: (8, 32, False), 1: (5, 16, False), 3: (2, 0, False)}
 
 
+def test_an_old_onnxruntime_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_packed(tmp_path / "model", {0: (2, 32, True)})
+    monkeypatch.setattr(onnxruntime, "__version__", "1.23.2")
+    with pytest.raises(ExportError, match=r"2-bit integers need onnxruntime 1\.24, here is 1\.23"):
+        onnx_export.export(tmp_path / "model", tmp_path, ExportParams(formats=("onnx",)))
+    assert not list(tmp_path.glob("onnx/*"))
+
+
 @pytest.mark.parametrize("schemes", [MIXED, ASYMMETRIC])
 @pytest.mark.parametrize("level", [0, 4])
 def test_a_mixed_checkpoint_passes_the_gate(

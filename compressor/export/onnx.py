@@ -18,6 +18,7 @@ from compressor.errors import ExportError, NotEmitted
 from compressor.export import ExportParams
 from compressor.export.decoder_graph import Built, build
 from compressor.export.genai import write_config
+from compressor.export.nbits import CONTAINER
 from compressor.export.parity import (
     TOLERANCE,
     Answers,
@@ -27,7 +28,7 @@ from compressor.export.parity import (
     reference,
 )
 from compressor.export.probe import first_difference, probed
-from compressor.export.session import Session
+from compressor.export.session import Session, check_widths
 from compressor.export.traced import trace
 from compressor.families import legacy_rope
 from compressor.layouts import Packed
@@ -75,6 +76,7 @@ def export(
 
 def _graph(source: Path, folder: Path, params: ExportParams) -> tuple[str, Built]:
     """Emit the graph where the family allows it, else trace it."""
+    check_widths({CONTAINER[layout.bits] for _, layout in DenseReader(source).layouts})
     dtype, level = getattr(torch, params.onnx_dtype), params.accuracy_level
     if params.graph != "traced":
         try:

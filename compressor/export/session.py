@@ -15,6 +15,8 @@ from compressor.timing import speed
 log = logging.getLogger(__name__)
 APPENDING = "compress.cache_appends"
 """Metadata of graphs whose cache keeps padding too: their mask may have holes."""
+SINCE = {2: (1, 24), 4: (1, 23), 8: (1, 23)}
+"""First onnxruntime whose CPU kernels multiply integers of each width (measured, 1.20 to 1.32)."""
 Cache = dict[str, np.ndarray]
 
 
@@ -29,10 +31,7 @@ class Session:
 
     def __init__(self, folder: Path, device: str = "auto", model: str = MODEL) -> None:
         """Load the graph `model` from `folder`."""
-        try:
-            import onnxruntime
-        except ImportError:
-            raise MissingDependency("onnxruntime", "cpu", "running an ONNX export") from None
+        onnxruntime = _onnxruntime()
         wanted = ["CUDAExecutionProvider"] if device in ("auto", "cuda") else []
         offered = onnxruntime.get_available_providers()
         chosen = [p for p in wanted if p in offered] + ["CPUExecutionProvider"]
@@ -89,6 +88,28 @@ class Session:
             tokens.append(int(logits[0, -1].argmax()))
             ids = np.array([[tokens[-1]]], np.int64)
         return tokens
+
+
+def check_widths(containers: set[int]) -> None:
+    """Raises `ExportError` where the installed onnxruntime is too old for a width."""
+    version: str = _onnxruntime().__version__
+    found = tuple(map(int, version.split(".")[:2]))
+    for bits in sorted(containers):
+        if found < SINCE[bits]:
+            needed = ".".join(map(str, SINCE[bits]))
+            raise ExportError(
+                f"{bits}-bit integers need onnxruntime {needed}, here is {version}; "
+                f"run: pip install -U 'onnxruntime>={needed}', or set export.formats to "
+                "[safetensors]"
+            )
+
+
+def _onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError:
+        raise MissingDependency("onnxruntime", "cpu", "running an ONNX export") from None
+    return onnxruntime
 
 
 def measure(
