@@ -113,7 +113,7 @@ def test_kinds_of_linears(family: str, tmp_path: Path) -> None:
     save_tiny(tmp_path, family)
     decoder = Decoder(tmp_path)
     for step in walk(Stream(decoder, tokens(2))):
-        groups = input_groups(decoder, tokens(), step.index)
+        groups = input_groups(decoder, decoder.embed(tokens(1)), step.index)
         leaders = [group.leader for group in groups]
         kinds = [kind_of(name, leaders, decoder.blocks, step.index) for name in leaders]
         assert tuple(kinds) == KINDS

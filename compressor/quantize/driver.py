@@ -33,6 +33,7 @@ from compressor.walk import Step, Stream, walk
 
 Quantizer = Callable[[Tensor, Tensor | None, Grid], QuantizedWeight]
 REPORT = "quantization.json"
+_PROBE = 8  # tokens that show which linears share inputs
 _INPUT_BYTES = 2**28  # of the widest linear's inputs that go through a block at once
 
 
@@ -144,11 +145,13 @@ def quantize_blocks(
     fits = _INPUT_BYTES // (4 * widest * tokens.shape[1])
     stream = Stream(decoder, tokens, max(batch_size, fits))
     twin = stream.twin() if recipe.propagates else None
+    probe = decoder.embed(tokens[:1, :_PROBE])
+    decoder.drop_shell()
     for step in walk(stream, "quantize"):
-        yield _quantize_block(step, twin, tokens, recipe)
+        yield _quantize_block(step, twin, probe, recipe)
 
 
-def _quantize_block(step: Step, twin: Stream | None, tokens: Tensor, recipe: Recipe) -> BlockResult:
+def _quantize_block(step: Step, twin: Stream | None, probe: Tensor, recipe: Recipe) -> BlockResult:
     """Quantize the block of a step and move both streams past it."""
     decoder, result = step.stream.decoder, BlockResult()
     original = Step(twin, step.index, copy.deepcopy(step.block)) if twin else None
@@ -160,7 +163,7 @@ def _quantize_block(step: Step, twin: Stream | None, tokens: Tensor, recipe: Rec
             same = Group({n: linear for n, linear in group.items() if recipe.grids[n] == grid})
             _quantize_group(same, moments, recipe, result, alpha=alpha, ridge=ridge)
 
-    groups = input_groups(decoder, tokens, step.index)
+    groups = input_groups(decoder, probe, step.index)
     leaders = [group.leader for group in groups]
     quantize_in_turn(step, original, groups, take)
     lost = total = 0.0

@@ -14,8 +14,6 @@ from compressor.inputs import Seen, inputs_of
 from compressor.moments import Cross, Gram
 from compressor.walk import Step
 
-_PROBE = 8  # tokens that show which linears share inputs
-
 
 class Group(dict[str, nn.Module]):
     """Linears that read the same tensor, by full name, in the order they run."""
@@ -57,26 +55,27 @@ class Moments:
         return self._cross.mean if self._cross else None
 
 
-def input_groups(decoder: Decoder, tokens: Tensor, index: int) -> list[Group]:
+def input_groups(decoder: Decoder, x: Tensor, index: int) -> list[Group]:
     """Linears of the resident block `index` in the order they run, grouped by shared input.
 
-    Found by running a few of the tokens (N, T) and watching, so no family has to declare it.
+    Found by running a small residual stream x (B, T, D), of a shape that was embedded before,
+    and watching, so no family has to declare it.
     Raises `QuantizationError` for a linear that the block's forward never runs.
     """
     linears = decoder.blocks.linears(index)
     groups: list[Group] = []
     inputs: list[Tensor] = []
 
-    def watch(name: str, x: Tensor) -> None:
+    def watch(name: str, read: Tensor) -> None:
         for group, known in zip(groups, inputs, strict=True):
-            if x is known:
+            if read is known:
                 group[name] = linears[name]
                 return
-        inputs.append(x)
+        inputs.append(read)
         groups.append(Group({name: linears[name]}))
 
     with inputs_of(linears, watch):
-        decoder.run(index, decoder.embed(tokens[:1, :_PROBE]))
+        decoder.run(index, x)
     silent = sorted(linears.keys() - {name for group in groups for name in group})
     if silent:
         raise QuantizationError(f"{silent[0]} is never run by its block's forward")
