@@ -308,9 +308,8 @@ def test_batches_give_the_moments_of_one_batch(family: str, tmp_path: Path) -> N
                     linear.weight.data *= 0.5
 
             original = Step(twin, step.index, copy.deepcopy(step.block))
-            quantize_in_turn(
-                step, original, input_groups(decoder, decoder.embed(tokens(1)), step.index), halve
-            )
+            groups = input_groups(decoder, decoder.embed(tokens(1)), step.index)
+            quantize_in_turn(step, original, groups, halve)
             for each in (step, original):
                 for _ in each.advance():
                     pass

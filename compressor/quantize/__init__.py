@@ -56,6 +56,14 @@ class PropagatingParams(GridParams):
         None, description="ridge of the correction over the gram's mean diagonal, over the set's"
     )
 
+    catch_up: bool | None = Field(
+        None, description="o and down also make up for what the residual stream has lost"
+    )
+
+    def catches_up(self) -> bool:
+        """Whether o and down correct the residual stream, as only our set does unless told."""
+        return self.propagation == "tuned" if self.catch_up is None else self.catch_up
+
     def strengths(self) -> dict[Kind, tuple[float, float]]:
         """(alpha, ridge) of each kind."""
         alphas, ridge = PROPAGATION[self.propagation]
