@@ -56,13 +56,14 @@ class PropagatingParams(GridParams):
         None, description="ridge of the correction over the gram's mean diagonal, over the set's"
     )
 
-    catch_up: bool | None = Field(
-        None, description="o and down also make up for what the residual stream has lost"
+    catch_up: Alpha | None = Field(
+        None, description="share of what the residual stream lost that o and down make up for"
     )
 
-    def catches_up(self) -> bool:
-        """Whether o and down correct the residual stream, as only our set does unless told."""
-        return self.propagation == "tuned" if self.catch_up is None else self.catch_up
+    def catching_up(self) -> float:
+        """The share of the stream's loss that o and down make up for: 0 unless ours or told."""
+        ours = 0.5 if self.propagation == "tuned" else 0.0
+        return ours if self.catch_up is None else self.catch_up
 
     def strengths(self) -> dict[Kind, tuple[float, float]]:
         """(alpha, ridge) of each kind."""

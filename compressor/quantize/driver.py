@@ -51,7 +51,7 @@ class Recipe:
     grids: Grids
     quantizer: Quantizer
     strengths: dict[Kind, tuple[float, float]] = field(default_factory=dict)
-    catch_up: bool = False
+    catch_up: float = 0.0
 
     @classmethod
     def of(cls, decoder: Decoder, method: str, params: GridParams) -> Recipe:
@@ -61,7 +61,7 @@ class Recipe:
         quantizer = functools.partial(METHODS[method].load(), **own)
         plan = grids(decoder, params, params.scheme or BitPlan())
         if isinstance(params, PropagatingParams):
-            return cls(plan, quantizer, params.strengths(), params.catches_up())
+            return cls(plan, quantizer, params.strengths(), params.catching_up())
         return cls(plan, quantizer)
 
     @property
@@ -175,7 +175,7 @@ def _quantize_block(step: Step, twin: Stream | None, probe: Tensor, recipe: Reci
     leaders = [group.leader for group in groups]
     kinds = {name: kind_of(name, leaders, decoder.blocks, step.index) for name in leaders}
     last = {n: group[n] for n, group in zip(leaders, groups, strict=True) if kinds[n] in _LAST}
-    catches = recipe.catch_up and original is not None
+    catches = recipe.catch_up > 0 and original is not None
     writers = stream_writers(decoder, probe, step.index, last) if catches else frozenset()
     quantize_in_turn(step, original, groups, take, writers)
     lost = total = 0.0
@@ -206,6 +206,7 @@ def _quantize_group(
     gram = cross = lag = None
     if moments:
         gram, cross, lag = moments.gram, moments.cross, moments.lag
+        lag = None if lag is None else recipe.catch_up * lag
     stacked, used = torch.cat(weights).float(), 0.0
     try:
         if alpha and cross is not None and gram is not None:
