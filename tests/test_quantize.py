@@ -22,8 +22,9 @@ from compressor.quantize import GptqParams, RtnParams
 from compressor.quantize.driver import quantize
 from compressor.quantize.gptq import gptq, inverse_factor, sweep
 from compressor.quantize.grid import Grid, QuantizedWeight
-from compressor.quantize.inputs import Group, Moments, input_groups, quantize_in_turn
+from compressor.quantize.inputs import Group, input_groups
 from compressor.quantize.rtn import rtn
+from compressor.quantize.turns import Moments, quantize_in_turn
 from compressor.walk import Step, Stream, walk
 from tests.tiny import save_tiny, tokens
 

@@ -23,16 +23,11 @@ from compressor.quantize import METHODS, GridParams, Kind, PropagatingParams
 from compressor.quantize.error_propagation import propagate_error
 from compressor.quantize.formats import Grids
 from compressor.quantize.grid import Grid, QuantizedWeight
-from compressor.quantize.inputs import (
-    Group,
-    Moments,
-    input_groups,
-    quantize_in_turn,
-    stream_writers,
-)
+from compressor.quantize.inputs import Group, input_groups, stream_writers
 from compressor.quantize.kinds import kind_of
 from compressor.quantize.lint import lint
 from compressor.quantize.plan import grids
+from compressor.quantize.turns import Moments, quantize_in_turn
 from compressor.quantize.write import IntegerWriter
 from compressor.records import BitPlan
 from compressor.walk import Step, Stream, walk
