@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from compressor.errors import CheckpointError
 from compressor.families import SHIPPED
+from compressor.spool import DTYPES, Spool
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -28,11 +28,6 @@ _WEIGHTS = ("*.safetensors", INDEX, *_PICKLES, "*.gguf")
 _CODE = Path(__file__).parent / "shallow"
 _REPORTS = ("manifest.json", "sparsity.json", "width.json")
 _NOT_CARRIED = ("config.json", "README.md", ".gitattributes", *_REPORTS)
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
 
 
 class Checkpoint:
@@ -94,9 +89,9 @@ class Checkpoint:
     def stored_dtype(self, name: str) -> torch.dtype:
         """Dtype of a tensor as stored."""
         dtype = self.entries[name][1]
-        if dtype not in _DTYPES:
+        if dtype not in DTYPES:
             raise CheckpointError(f"{self.folder}: {name} has dtype {dtype}, which is not read")
-        return _DTYPES[dtype]
+        return DTYPES[dtype]
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -140,7 +135,7 @@ class Checkpoint:
 
 
 class CheckpointWriter:
-    """Writes a checkpoint one tensor at a time; memory is bounded by one shard.
+    """Writes a checkpoint one tensor at a time; memory is bounded by one tensor.
 
     Use as a context manager; the index appears only on a clean exit.
     """
@@ -150,20 +145,17 @@ class CheckpointWriter:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._limit = shard_bytes
-        self._pending: dict[str, Tensor] = {}
-        self._pending_bytes = 0
+        self._pending = Spool(self.folder)
         self._written: list[list[str]] = []
         self._total = 0
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Queue one tensor; full shards go to disk."""
         tensor = tensor.detach().to("cpu").contiguous()
-        size = tensor.numel() * tensor.element_size()
-        if self._pending and self._pending_bytes + size > self._limit:
+        if self._pending.names and self._pending.nbytes + tensor.nbytes > self._limit:
             self._flush()
-        self._pending[name] = tensor
-        self._pending_bytes += size
-        self._total += size
+        self._pending.add(name, tensor)
+        self._total += tensor.nbytes
 
     def finish(self, config: dict[str, Any], side_files: list[Path]) -> None:
         """Write the last shard, the index, the config, its code and copies of the side files."""
@@ -189,16 +181,17 @@ class CheckpointWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._pending.clear()
+        self._pending.close()
 
     def _shard(self, index: int) -> Path:
         return self.folder / f".shard-{index:05d}"
 
     def _flush(self) -> None:
-        if self._pending:
-            save_file(self._pending, self._shard(len(self._written)), metadata={"format": "pt"})
-            self._written.append(list(self._pending))
-            self._pending, self._pending_bytes = {}, 0
+        if self._pending.names:
+            self._pending.save(self._shard(len(self._written)))
+            self._written.append(self._pending.names)
+            self._pending.close()
+            self._pending = Spool(self.folder)
 
 
 def code_files(config: dict[str, Any]) -> list[Path]:

@@ -46,17 +46,30 @@ class Decoder:
         self.blocks = Blocks(self.model)
         self._shapes = {name: each.shape for name, each in self.model.state_dict().items()}
         self._calls: dict[tuple[str, int, int], list[Call]] = {}
+        self._has_shell = False
         self._load_shell()
-
-    def _load_shell(self) -> None:
-        inside = self.blocks.prefix + "."
-        tied: Any = self.model.all_tied_weights_keys
-        shell = [n for n in self._shapes if not n.startswith(inside) and n not in tied]
-        self.model.load_state_dict({n: self._read(n) for n in shell}, strict=False, assign=True)
-        self.model.tie_weights()  # type: ignore[operator]
         for name, buffer in self.model.named_buffers():
             module = self.model.get_submodule(name.rpartition(".")[0])
             module._buffers[name.rpartition(".")[2]] = buffer.to(self.device)
+
+    def _load_shell(self) -> None:
+        if not self._has_shell:
+            self._put_shell(self._read)
+
+    def drop_shell(self) -> None:
+        """Free the weights of all but the blocks; what needs them next reads them again."""
+        if self._has_shell:
+            self._put_shell(
+                lambda name: torch.empty(self._shapes[name], dtype=self.dtype, device="meta")
+            )
+
+    def _put_shell(self, weight: Callable[[str], Tensor]) -> None:
+        inside = self.blocks.prefix + "."
+        tied: Any = self.model.all_tied_weights_keys
+        shell = [n for n in self._shapes if not n.startswith(inside) and n not in tied]
+        self.model.load_state_dict({n: weight(n) for n in shell}, strict=False, assign=True)
+        self.model.tie_weights()  # type: ignore[operator]
+        self._has_shell = not self._has_shell
 
     def _read(self, name: str) -> Tensor:
         weight = self.reader.read(name).to(self.device, self.dtype)
@@ -97,6 +110,7 @@ class Decoder:
 
         Also remembers, per shape, the masks and positions the model hands its blocks.
         """
+        self._load_shell()
         calls: list[Call] = []
         stream: list[Tensor] = []
 
@@ -156,6 +170,7 @@ class Decoder:
 
     def _behind(self, model: Any, x: Tensor) -> Any:
         """The output of `model` when its last block returns `x`."""
+        self._load_shell()
         first = True
 
         def inject(own: Tensor, *_: Any, **__: Any) -> Tensor:

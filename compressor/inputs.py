@@ -74,6 +74,21 @@ def inputs_of(linears: dict[str, nn.Module], see: Callable[[str, Tensor], None])
             handle.remove()
 
 
+@contextmanager
+def outputs_of(linears: dict[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Call `see(name, y)` after each linear ran."""
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        return lambda _module, _args, output: see(name, output)
+
+    handles = [linear.register_forward_hook(hook(name)) for name, linear in linears.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _check_finite(name: str, total: Tensor) -> None:
     if not torch.isfinite(total).all():
         raise CompressError(f"{name}: its inputs hold NaN or infinity; compute in float32")

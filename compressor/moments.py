@@ -37,24 +37,25 @@ class Gram:
 
 
 class Cross:
-    """(X - X') X'^T for inputs x of one stream and x' of another, as a mean over tokens.
+    """(Y - Y') X'^T for y of one stream, y' and x' of another, as a mean over tokens.
 
     The difference is formed in float32 before it is multiplied: streams that are equal give
     exact zeros.
     """
 
-    def __init__(self, features: int, device: torch.device) -> None:
-        """Start empty for inputs of `features` channels."""
-        self._sum = torch.zeros(features, features, device=device)
+    def __init__(self, features: int, device: torch.device, rows: int | None = None) -> None:
+        """Start empty for x' of `features` channels and y of `rows`, by default as many."""
+        self._sum = torch.zeros(rows or features, features, device=device)
         self._count = 0
 
-    def add(self, x: Tensor, other: Tensor) -> None:
-        """Add the same tokens' inputs in both streams, (..., I) each."""
-        x, other = (each.reshape(-1, each.shape[-1]).float() for each in (x, other))
-        self._sum.addmm_((x - other).T, other)
-        self._count += len(x)
+    def add(self, y: Tensor, other: Tensor, x: Tensor | None = None) -> None:
+        """Add the same tokens' y and y' (..., O), and x' (..., I), which is y' unless given."""
+        y, other = (each.reshape(-1, each.shape[-1]).float() for each in (y, other))
+        x = other if x is None else x.reshape(-1, x.shape[-1]).float()
+        self._sum.addmm_((y - other).T, x)
+        self._count += len(y)
 
     @property
     def mean(self) -> Tensor:
-        """(I, I): mean over tokens of (x - x') x'^T."""
+        """(O, I): mean over tokens of (y - y') x'^T."""
         return self._sum / max(1, self._count)

@@ -20,7 +20,7 @@ VERB_FOLDERS = (*VERBS, "evaluate")
 
 LAYERS = (
     {"errors"},
-    {"progress", "families", "timing", "methods", "sources", "sparsity", "shallow"},
+    {"progress", "families", "timing", "methods", "sources", "sparsity", "shallow", "spool"},
     {"fetch", "artifact", "records", "checkpoint", "moments", "layouts"},
     {"blocks", "dense"},
     {"decoder"},

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from compressor.checkpoint import INDEX, SINGLE, Checkpoint, CheckpointWriter
 from compressor.errors import CheckpointError
+from compressor.spool import DTYPES
 
 TENSORS = {f"t{i}": torch.arange(i * 10, i * 10 + 10).half() for i in range(5)}
 
@@ -38,6 +41,37 @@ def test_round_trip(tmp_path: Path, shard_bytes: int, shards: int) -> None:
     assert checkpoint.dtype == torch.float16
     assert [p.name for p in checkpoint.side_files] == ["tokenizer.json"]
     assert not checkpoint.quantized
+
+
+def test_every_dtype_reads_back_from_an_aligned_file(tmp_path: Path) -> None:
+    """Odd sizes, so that nothing is aligned by chance; read back by safetensors' own loader."""
+    tensors = {
+        f"{code}{size}": torch.arange(size).view(shape).to(dtype)
+        for size, shape in ((3, (3,)), (0, (2, 0)), (1, ()))
+        for code, dtype in reversed(DTYPES.items())
+    }
+    with CheckpointWriter(tmp_path) as writer:
+        for name, tensor in tensors.items():
+            writer.add(name, tensor)
+        writer.finish({"model_type": "llama"}, [])
+    found = load_file(tmp_path / SINGLE)
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+    with safe_open(tmp_path / SINGLE, framework="pt") as shard:
+        assert shard.metadata() == {"format": "pt"}
+    assert {path.name for path in tmp_path.iterdir()} == {SINGLE, "config.json"}
+    for _, (start, _), size in offsets(tmp_path / SINGLE):
+        assert not start % size
+
+
+def offsets(path: Path) -> list[tuple[str, list[int], int]]:
+    """(name, offsets, bytes of a number) of every tensor."""
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    header.pop("__metadata__")
+    return [(n, e["data_offsets"], DTYPES[e["dtype"]].itemsize) for n, e in header.items()]
 
 
 def test_an_aborted_write_leaves_no_checkpoint(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from compressor.decoder import Decoder
 from compressor.errors import QuantizationError
@@ -15,7 +16,7 @@ from compressor.moments import Cross, Gram
 from compressor.quantize import KINDS, GptqParams, PropagatingParams, driver
 from compressor.quantize.driver import Recipe, quantize, quantize_blocks
 from compressor.quantize.error_propagation import propagate_error
-from compressor.quantize.inputs import input_groups
+from compressor.quantize.inputs import input_groups, stream_writers
 from compressor.quantize.kinds import kind_of
 from compressor.walk import Stream, walk
 from tests.tiny import save_tiny, tiny, tokens
@@ -90,10 +91,27 @@ def test_ridge_pulls_towards_the_weight() -> None:
     torch.testing.assert_close(slope, torch.zeros_like(slope), atol=1e-12, rtol=0)
 
 
+def test_with_the_streams_lag_it_is_least_squares_on_the_stream() -> None:
+    weight, x, other = streams()
+    h, lost = torch.randn(2, 50, 6, generator=torch.Generator().manual_seed(1))
+    lag = Cross(8, x.device, rows=6)
+    for part in (slice(0, 20), slice(20, 50)):
+        lag.add(h[part], lost[part], other[part])
+    cross, gram = moments(x, other)
+    found, _ = propagate_error(weight, cross, gram, alpha=1, damp=0, lag=lag.mean)
+    target = h.double() + x.double() @ weight.T.double() - lost.double()
+    expected = torch.linalg.lstsq(other.double(), target).solution.T
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-5)
+    half, _ = propagate_error(weight, cross, gram, alpha=0.5, damp=0, lag=lag.mean)
+    torch.testing.assert_close(half, (weight + found) / 2)
+
+
 @pytest.mark.parametrize("damp", [0.0, 0.2])
 def test_equal_streams_leave_the_weight_bitwise(damp: float) -> None:
     weight, x, _ = streams()
-    found, _ = propagate_error(weight, *moments(x, x), alpha=1, damp=damp)
+    lag = Cross(8, x.device)
+    lag.add(x, x)
+    found, _ = propagate_error(weight, *moments(x, x), alpha=1, damp=damp, lag=lag.mean[:6])
     assert torch.equal(found, weight)
 
 
@@ -108,12 +126,32 @@ def test_a_singular_gram_gets_a_ridge_that_is_told() -> None:
         propagate_error(weight, torch.eye(8), torch.full((8, 8), torch.nan), alpha=1, damp=0.1)
 
 
+@pytest.mark.parametrize(
+    ("family", "adds"),
+    [
+        ("llama", True), ("phi3", True), ("opt", True), ("gpt_neox", True), ("qwen3", True),
+        ("gemma2", False), ("olmo2", False), ("granite", False),
+    ],
+)  # fmt: skip
+def test_linears_that_write_the_stream(family: str, adds: bool, tmp_path: Path) -> None:
+    """Blocks that norm or scale what they add have none, by their outputs alone."""
+    save_tiny(tmp_path, family)
+    decoder = Decoder(tmp_path)
+    probe = decoder.embed(tokens(1))
+    for step in walk(Stream(decoder, tokens(2))):
+        groups = input_groups(decoder, probe, step.index)
+        last = {g.leader: g[g.leader] for i, g in enumerate(groups) if i in (1, 3)}
+        assert stream_writers(decoder, probe, step.index, last) == (last.keys() if adds else set())
+        some = dict(list(last.items())[:1])
+        assert not stream_writers(decoder, probe, step.index, some)
+
+
 @pytest.mark.parametrize("family", ["llama", "phi3", "opt", "gpt_neox"])
 def test_kinds_of_linears(family: str, tmp_path: Path) -> None:
     save_tiny(tmp_path, family)
     decoder = Decoder(tmp_path)
     for step in walk(Stream(decoder, tokens(2))):
-        groups = input_groups(decoder, tokens(), step.index)
+        groups = input_groups(decoder, decoder.embed(tokens(1)), step.index)
         leaders = [group.leader for group in groups]
         kinds = [kind_of(name, leaders, decoder.blocks, step.index) for name in leaders]
         assert tuple(kinds) == KINDS
@@ -154,33 +192,49 @@ def test_first_blocks_first_group_is_never_corrected(tmp_path: Path) -> None:
     assert same[:3] == [True] * 3 and not all(same)
 
 
-def test_two_streams_equal_two_whole_models(tmp_path: Path) -> None:
-    """Against the whole models' forwards: what is asked of each group of the second block."""
+@pytest.mark.parametrize("catch_up", [0.0, 0.6])
+def test_two_streams_equal_two_whole_models(catch_up: float, tmp_path: Path) -> None:
+    """Against the whole models' forwards: what is asked of each group of linears."""
     save_tiny(tmp_path, "llama", num_hidden_layers=2)
     original, compressed = tiny("llama", num_hidden_layers=2), tiny("llama", num_hidden_layers=2)
-    params = GptqParams(group_size=16, bits=3, act_order=False, polish=0, alpha=0.7, ridge=0.05)
+    params = GptqParams(
+        group_size=16, bits=3, act_order=False, polish=0, alpha=0.7, ridge=0.05, catch_up=catch_up
+    )
     recipe = Recipe.of(Decoder(tmp_path), "gptq", params)
     blocks = list(quantize_blocks(Decoder(tmp_path), tokens(4), recipe))
     for index, block in enumerate(blocks):
         for group in STAGES:
             names = [f"model.layers.{index}.{member}" for member in group.split()]
-            seen: list[Tensor] = []
-            for model in (original, compressed):
-                linear = model.get_submodule(names[0])
-                handle = linear.register_forward_pre_hook(lambda _, x, s=seen: s.append(x[0]))
-                with torch.no_grad():
-                    model(tokens(4))
-                handle.remove()
-            cross, gram = moments(*(each.flatten(0, 1) for each in seen))
+            full, low = reads(original, names[0]), reads(compressed, names[0])
+            cross, gram = moments(full, low)
+            lag = None
+            if catch_up and group in WRITTEN_AFTER:
+                norm = f"model.layers.{index}.{WRITTEN_AFTER[group]}"
+                left = reads(original, norm) - reads(compressed, norm)
+                lag = catch_up * left.T @ low / len(low)
             for name in names:
                 weight = original.get_submodule(name).weight.data
-                target, _ = propagate_error(weight, cross, gram, alpha=0.7, damp=0.05)
+                target, _ = propagate_error(weight, cross, gram, alpha=0.7, damp=0.05, lag=lag)
                 expected = recipe.quantizer(target, gram, recipe.grids[name]).integers
                 found = block.weights[name]
                 assert (expected == found.integers).float().mean() > 0.95, name
                 compressed.get_submodule(name).weight.data.copy_(found.dequantize())
 
 
+def reads(model: PreTrainedModel, name: str) -> Tensor:
+    """What a module of a whole model reads, (tokens, I)."""
+    seen: list[Tensor] = []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+    with torch.no_grad():
+        model(tokens(4))
+    handle.remove()
+    return seen[0].flatten(0, 1)
+
+
+WRITTEN_AFTER = {
+    "self_attn.o_proj": "input_layernorm",
+    "mlp.down_proj": "post_attention_layernorm",
+}
 STAGES = (
     "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
     "self_attn.o_proj",

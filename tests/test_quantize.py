@@ -22,8 +22,9 @@ from compressor.quantize import GptqParams, RtnParams
 from compressor.quantize.driver import quantize
 from compressor.quantize.gptq import gptq, inverse_factor, sweep
 from compressor.quantize.grid import Grid, QuantizedWeight
-from compressor.quantize.inputs import Group, Moments, input_groups, quantize_in_turn
+from compressor.quantize.inputs import Group, input_groups
 from compressor.quantize.rtn import rtn
+from compressor.quantize.turns import Moments, quantize_in_turn
 from compressor.walk import Step, Stream, walk
 from tests.tiny import save_tiny, tokens
 
@@ -284,7 +285,7 @@ def test_groups_are_found_by_watching(family: str, tmp_path: Path) -> None:
     save_tiny(tmp_path, family)
     decoder = Decoder(tmp_path)
     for step in walk(Stream(decoder, tokens(2), batch_size=1)):
-        groups = input_groups(decoder, tokens(), step.index)
+        groups = input_groups(decoder, decoder.embed(tokens(1)), step.index)
         found = [{name.rpartition(".")[2] for name in group} for group in groups]
         assert found == [set(group.split()) for group in GROUPS[family].split(", ")]
 
@@ -308,7 +309,8 @@ def test_batches_give_the_moments_of_one_batch(family: str, tmp_path: Path) -> N
                     linear.weight.data *= 0.5
 
             original = Step(twin, step.index, copy.deepcopy(step.block))
-            quantize_in_turn(step, original, input_groups(decoder, tokens(), step.index), halve)
+            groups = input_groups(decoder, decoder.embed(tokens(1)), step.index)
+            quantize_in_turn(step, original, groups, halve)
             for each in (step, original):
                 for _ in each.advance():
                     pass
@@ -327,7 +329,7 @@ def test_with_one_batch_nothing_runs_twice(tmp_path: Path) -> None:
     decoder = Decoder(tmp_path)
     stream = Stream(decoder, tokens(3), batch_size=3)
     for step in walk(stream):
-        groups = input_groups(decoder, tokens(), step.index)
+        groups = input_groups(decoder, decoder.embed(tokens(1)), step.index)
         runs: list[int] = []
         for linear in decoder.blocks.linears(step.index).values():
             linear.register_forward_hook(lambda _, x, out, runs=runs: runs.append(len(x[0])))

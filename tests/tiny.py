@@ -39,6 +39,8 @@ FAMILIES: dict[str, dict[str, object]] = {
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
     "gpt_neox": {},
     "olmo2": {},
+    "cohere": {},
+    "granite": {"residual_multiplier": 0.5},
     "gemma2": {
         "head_dim": 8,
         "sliding_window": 8,

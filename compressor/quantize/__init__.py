@@ -56,6 +56,15 @@ class PropagatingParams(GridParams):
         None, description="ridge of the correction over the gram's mean diagonal, over the set's"
     )
 
+    catch_up: Alpha | None = Field(
+        None, description="share of what the residual stream lost that o and down make up for"
+    )
+
+    def catching_up(self) -> float:
+        """The share of the stream's loss that o and down make up for: 0 unless ours or told."""
+        ours = 0.5 if self.propagation == "tuned" else 0.0
+        return ours if self.catch_up is None else self.catch_up
+
     def strengths(self) -> dict[Kind, tuple[float, float]]:
         """(alpha, ridge) of each kind."""
         alphas, ridge = PROPAGATION[self.propagation]

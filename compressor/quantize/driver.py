@@ -23,16 +23,19 @@ from compressor.quantize import METHODS, GridParams, Kind, PropagatingParams
 from compressor.quantize.error_propagation import propagate_error
 from compressor.quantize.formats import Grids
 from compressor.quantize.grid import Grid, QuantizedWeight
-from compressor.quantize.inputs import Group, Moments, input_groups, quantize_in_turn
+from compressor.quantize.inputs import Group, input_groups, stream_writers
 from compressor.quantize.kinds import kind_of
 from compressor.quantize.lint import lint
 from compressor.quantize.plan import grids
+from compressor.quantize.turns import Moments, quantize_in_turn
 from compressor.quantize.write import IntegerWriter
 from compressor.records import BitPlan
 from compressor.walk import Step, Stream, walk
 
 Quantizer = Callable[[Tensor, Tensor | None, Grid], QuantizedWeight]
 REPORT = "quantization.json"
+_LAST = ("o", "down")
+_PROBE = 8  # tokens that show which linears share inputs
 _INPUT_BYTES = 2**28  # of the widest linear's inputs that go through a block at once
 
 
@@ -43,6 +46,7 @@ class Recipe:
     grids: Grids
     quantizer: Quantizer
     strengths: dict[Kind, tuple[float, float]] = field(default_factory=dict)
+    catch_up: float = 0.0
 
     @classmethod
     def of(cls, decoder: Decoder, method: str, params: GridParams) -> Recipe:
@@ -50,9 +54,10 @@ class Recipe:
         known = {*GridParams.model_fields, *PropagatingParams.model_fields}
         own = {name: value for name, value in dict(params).items() if name not in known}
         quantizer = functools.partial(METHODS[method].load(), **own)
-        strengths = params.strengths() if isinstance(params, PropagatingParams) else {}
         plan = grids(decoder, params, params.scheme or BitPlan())
-        return cls(plan, quantizer, strengths)
+        if isinstance(params, PropagatingParams):
+            return cls(plan, quantizer, params.strengths(), params.catching_up())
+        return cls(plan, quantizer)
 
     @property
     def propagates(self) -> bool:
@@ -144,25 +149,30 @@ def quantize_blocks(
     fits = _INPUT_BYTES // (4 * widest * tokens.shape[1])
     stream = Stream(decoder, tokens, max(batch_size, fits))
     twin = stream.twin() if recipe.propagates else None
+    probe = decoder.embed(tokens[:1, :_PROBE])
+    decoder.drop_shell()
     for step in walk(stream, "quantize"):
-        yield _quantize_block(step, twin, tokens, recipe)
+        yield _quantize_block(step, twin, probe, recipe)
 
 
-def _quantize_block(step: Step, twin: Stream | None, tokens: Tensor, recipe: Recipe) -> BlockResult:
+def _quantize_block(step: Step, twin: Stream | None, probe: Tensor, recipe: Recipe) -> BlockResult:
     """Quantize the block of a step and move both streams past it."""
     decoder, result = step.stream.decoder, BlockResult()
     original = Step(twin, step.index, copy.deepcopy(step.block)) if twin else None
 
     def take(group: Group, moments: Moments) -> None:
-        kind = kind_of(group.leader, leaders, decoder.blocks, step.index)
-        alpha, ridge = recipe.strengths.get(kind, (0.0, 0.0))
+        alpha, ridge = recipe.strengths.get(kinds[group.leader], (0.0, 0.0))
         for grid in dict.fromkeys(recipe.grids[name] for name in group):
             same = Group({n: linear for n, linear in group.items() if recipe.grids[n] == grid})
             _quantize_group(same, moments, recipe, result, alpha=alpha, ridge=ridge)
 
-    groups = input_groups(decoder, tokens, step.index)
+    groups = input_groups(decoder, probe, step.index)
     leaders = [group.leader for group in groups]
-    quantize_in_turn(step, original, groups, take)
+    kinds = {name: kind_of(name, leaders, decoder.blocks, step.index) for name in leaders}
+    last = {n: group[n] for n, group in zip(leaders, groups, strict=True) if kinds[n] in _LAST}
+    catches = recipe.catch_up > 0 and original is not None
+    writers = stream_writers(decoder, probe, step.index, last) if catches else frozenset()
+    quantize_in_turn(step, original, groups, take, writers)
     lost = total = 0.0
     for _ in step.advance():
         pass
@@ -188,11 +198,14 @@ def _quantize_group(
 ) -> None:
     """Quantize linears that share inputs as one tall matrix; the block gets the result."""
     weights = [weight_of(linear).data for linear in group.values()]
-    gram, cross = (moments.gram, moments.cross) if moments else (None, None)
+    gram = cross = lag = None
+    if moments:
+        gram, cross, lag = moments.gram, moments.cross, moments.lag
+        lag = None if lag is None else recipe.catch_up * lag
     stacked, used = torch.cat(weights).float(), 0.0
     try:
         if alpha and cross is not None and gram is not None:
-            stacked, used = propagate_error(stacked, cross, gram, alpha=alpha, damp=ridge)
+            stacked, used = propagate_error(stacked, cross, gram, alpha=alpha, damp=ridge, lag=lag)
         quantized = recipe.quantizer(stacked, gram, recipe.grids[group.leader])
     except QuantizationError as error:
         raise QuantizationError(f"{group.leader}: {error}") from error

@@ -8,17 +8,29 @@ from compressor.quantize.ridge import ridged_cholesky
 
 
 def propagate_error(
-    weight: Tensor, cross: Tensor, gram: Tensor, *, alpha: float, damp: float
+    weight: Tensor,
+    cross: Tensor,
+    gram: Tensor,
+    *,
+    alpha: float,
+    damp: float,
+    lag: Tensor | None = None,
 ) -> tuple[Tensor, float]:
-    """(W + alpha W C H^-1, damp used) (QEP, arXiv:2504.09629 section 5).
+    """(W + alpha (W C + R) H^-1, damp used) (QEP, arXiv:2504.09629 section 5, where R = 0).
 
     With inputs X of the original model and X' of the compressed one, C = (X - X') X'^T and
     H = X' X'^T + damp mean(diag H) I, alpha = 1 minimises ||W X - W* X'||^2 plus the ridge
-    damp mean(diag H) ||W* - W||^2, and smaller alphas go part of the way.
+    damp mean(diag H) ||W* - W||^2, and smaller alphas go part of the way. Where the output is
+    added to a residual stream, h in the original model and h' in the compressed one, `lag`
+    R = (h - h') X'^T makes it ||(h + W X) - (h' + W* X')||^2: the matrix then also makes up
+    for what the stream has lost so far.
 
-    weight (O, I); cross, gram (I, I), both as sums or both as means over the same tokens.
+    weight (O, I); cross, gram (I, I) and lag (O, I), all as sums or all as means over the same
+    tokens.
     Raises `QuantizationError` when H cannot be factored.
     """
     lower, used = ridged_cholesky(gram, damp)
-    pull = (weight.to(cross.dtype) @ cross).T
-    return weight + alpha * pull.cholesky_solve(lower).T, used
+    pull = weight.to(cross.dtype) @ cross
+    if lag is not None:
+        pull += lag
+    return weight + alpha * pull.T.cholesky_solve(lower).T, used

@@ -50,7 +50,7 @@ def units(decoder: Decoder) -> list[tuple[str, ...]]:
     Those of one parent module that read the same tensor: q, k and v; gate and up. Found by
     running one block of each make and watching.
     """
-    blocks = decoder.blocks
+    blocks, probe = decoder.blocks, decoder.embed(_PROBE)
     known: dict[tuple[tuple[str, torch.Size], ...], list[list[str]]] = {}
     found = []
     for index in range(len(blocks)):
@@ -59,7 +59,7 @@ def units(decoder: Decoder) -> list[tuple[str, ...]]:
         make = tuple((n.removeprefix(path), weight_of(m).shape) for n, m in linears)
         if make not in known:
             with torch.no_grad(), decoder.resident(index):
-                groups = input_groups(decoder, _PROBE, index)
+                groups = input_groups(decoder, probe, index)
             tails = [[name.removeprefix(path) for name in group] for group in groups]
             known[make] = [part for group in tails for part in _by_parent(group)]
         found += [tuple(path + tail for tail in tails) for tails in known[make]]

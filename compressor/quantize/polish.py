@@ -7,7 +7,7 @@ from torch import Tensor
 
 from compressor.quantize.grid import Grid
 
-_PRODUCTS = 2**24  # numbers of the largest intermediate, so that wide layers go in parts
+_PRODUCTS = 2**21  # numbers of the largest intermediate, so that wide layers go in parts
 _BLOCK = 128
 _HOLD = 1e-4
 

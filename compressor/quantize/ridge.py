@@ -18,10 +18,11 @@ def ridged_cholesky(gram: Tensor, damp: float) -> tuple[Tensor, float]:
     it was 0) up to the larger of 1 and `damp`. Raises `QuantizationError` when nothing helps.
     """
     mean = gram.diagonal().mean()
-    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     most = max(MOST_DAMP, damp)
     while damp <= most:
-        lower, failed = torch.linalg.cholesky_ex(gram + damp * mean * identity)
+        ridged = gram.clone()
+        ridged.diagonal().add_(damp * mean)
+        lower, failed = torch.linalg.cholesky_ex(ridged)
         if not failed:
             return lower, damp
         damp = max(10 * damp, _LEAST_DAMP)

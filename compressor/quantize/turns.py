@@ -1,0 +1,155 @@
+"""Quantizing the groups of a block in turn, each on the inputs that those before it made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from compressor.inputs import Seen, inputs_of, outputs_of
+from compressor.moments import Cross, Gram
+from compressor.quantize.inputs import Group
+from compressor.walk import Step
+
+
+class Reading(NamedTuple):
+    """What a linear reads, x (..., I), and the residual stream (B, T, D) its output is added to.
+
+    `stream` is None where the output is added to none.
+    """
+
+    x: Tensor
+    stream: Tensor | None
+
+
+class Moments(NamedTuple):
+    """Second moments of what a group reads, over all of the text.
+
+    Attributes:
+        gram: H, mean of x x^T in the compressed model, (I, I).
+        cross: C, mean of (x_original - x) x^T, (I, I), or None where there is one model only.
+        lag: R, mean of (h_original - h) x^T, (D, I), for h the residual stream that the output
+            is added to, or None where there is none.
+    """
+
+    gram: Tensor
+    cross: Tensor | None
+    lag: Tensor | None
+
+
+def moments_of(pairs: Iterable[tuple[Reading, Reading | None]]) -> Moments:
+    """The moments of batches as the compressed model reads them and, of two, the original."""
+    gram: Gram | None = None
+    cross: Cross | None = None
+    lag: Cross | None = None
+    for (x, h), original in pairs:
+        width, device = x.shape[-1], x.device
+        gram = gram or Gram(width, device)
+        gram.add(x)
+        if original is None:
+            continue
+        cross = cross or Cross(width, device)
+        cross.add(original.x, x)
+        if h is not None and original.stream is not None:
+            lag = lag or Cross(width, device, rows=h.shape[-1])
+            lag.add(original.stream, h, x)
+    assert gram
+    return Moments(gram.mean, cross.mean if cross else None, lag.mean if lag else None)
+
+
+def quantize_in_turn(
+    step: Step,
+    original: Step | None,
+    groups: list[Group],
+    quantize: Callable[[Group, Moments], None],
+    writers: Collection[str] = (),
+) -> None:
+    """Quantize each group of a block the moment its inputs arrive (true sequential order).
+
+    The first batch runs through the block once. Just before a group's first linear would run,
+    `quantize` gets the moments of the group's inputs and replaces its weights, and the same
+    forward goes on through them. The other batches run again from the start to every group,
+    which is why the stream is best cut into one batch where memory allows: then nothing runs
+    twice. `original` is the same block of the original model with the other stream; `writers`
+    are the linears whose outputs are added to the stream (`stream_writers`).
+    Both streams are past their first batch afterwards.
+    """
+    by_leader = {group.leader: group for group in groups}
+    prefix = f"{step.stream.decoder.blocks.prefix}.{step.index}."
+    here = _Side(step, prefix, writers)
+    there = _Side(original, prefix, writers) if original else None
+    first, *others = step.stream.batches
+    taught: dict[str, Reading] = {}
+
+    def learn(name: str, reading: Reading) -> None:
+        kept = None if reading.stream is None else reading.stream.clone()
+        taught[name] = Reading(reading.x, kept)
+
+    if there:
+        with there.readings(list(by_leader), first, learn):
+            next(there.step.advance())
+
+    def pairs(name: str, reading: Reading) -> Iterator[tuple[Reading, Reading | None]]:
+        yield reading, taught.pop(name, None)
+        for rows in others:
+            yield here.stop_at(name, rows), there.stop_at(name, rows) if there else None
+
+    def arrive(name: str, reading: Reading) -> None:
+        group = by_leader.pop(name, None)
+        if group is None:  # a run of another batch to a later group, or a linear that runs twice
+            return
+        quantize(group, moments_of(pairs(name, reading)))
+
+    with here.readings(list(by_leader), first, arrive):
+        next(step.advance())
+
+
+class _Side(NamedTuple):
+    """A block in one of the two models; `prefix` comes off a name to find the module in it."""
+
+    step: Step
+    prefix: str
+    writers: Collection[str]
+
+    def stop_at(self, name: str, rows: slice) -> Reading:
+        """What a linear reads when a batch runs; the forward stops there."""
+        seen: list[Reading] = []
+
+        def take(_: str, reading: Reading) -> None:
+            seen.append(reading)
+            raise Seen
+
+        with self.readings([name], rows, take), suppress(Seen):
+            self.step.run(self.step.stream.x[rows])
+        return seen[0]
+
+    @contextmanager
+    def readings(
+        self, names: Collection[str], rows: slice, see: Callable[[str, Reading], None]
+    ) -> Iterator[None]:
+        """Call `see` before each of these linears runs on a batch.
+
+        The stream it gets is added to as the block goes on.
+        """
+        decoder, waiting = self.step.stream.decoder, set(self.writers)
+        h = self.step.stream.x[rows].to(decoder.device, copy=True) if waiting else None
+
+        def written(name: str, output: Tensor) -> None:
+            if h is not None and name in waiting:  # once: other batches run meanwhile
+                waiting.remove(name)
+                h.add_(output.view_as(h))
+
+        def read(name: str, x: Tensor) -> None:
+            see(name, Reading(x, h if name in self.writers else None))
+
+        with (
+            inputs_of(self._modules(names), read),
+            outputs_of(self._modules(self.writers), written),
+        ):
+            yield
+
+    def _modules(self, names: Collection[str]) -> dict[str, nn.Module]:
+        block, prefix = self.step.block, self.prefix
+        return {name: block.get_submodule(name.removeprefix(prefix)) for name in names}
