@@ -1,0 +1,84 @@
+"""From costs and a budget to the width of every unit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from compressor.allocate import METHODS, AllocateParams
+from compressor.allocate.errors import Costs, Probe
+from compressor.allocate.rule import greedy
+from compressor.errors import SelectionError
+from compressor.units import Unit
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Which unit gets what.
+
+    Attributes:
+        bits: the width of each unit.
+        average_bits: over all weights of the units, codes only.
+        bits_per_weight: the same with scales and zero points.
+        size_bytes: what the weight files will have at most.
+        predicted: sum of the costs, in the method's own terms.
+    """
+
+    bits: list[int]
+    average_bits: float
+    bits_per_weight: float
+    size_bytes: int
+    predicted: float
+
+
+def allocate(probe: Probe, method: str, params: AllocateParams, dense_bytes: int) -> Allocation:
+    """Widths of least cost within the budget; dense_bytes: what is not in the units.
+
+    Raises `SelectionError` with the reachable range when no width meets the budget, before
+    anything is measured.
+    """
+    check_budget(params, probe.units, probe.widths, dense_bytes)
+    own = params.model_dump(exclude={*AllocateParams.model_fields})
+    costs: Costs = METHODS[method].load()(probe, **own)
+    return spend(costs, probe.units, params, dense_bytes)
+
+
+def spend(
+    costs: Costs, units: Sequence[Unit], params: AllocateParams, dense_bytes: int
+) -> Allocation:
+    """The widths that the budget buys."""
+    weights = sum(unit.weights for unit in units)
+    if params.average_bits is not None:
+        sizes = [{bits: unit.weights * bits for bits in unit.sizes} for unit in units]
+        bits = greedy(sizes, costs, math.floor(params.average_bits * weights + 1e-6))
+    else:
+        assert params.max_bytes is not None
+        bits = greedy([unit.sizes for unit in units], costs, params.max_bytes - dense_bytes)
+    packed = sum(unit.sizes[each] for unit, each in zip(units, bits, strict=True))
+    return Allocation(
+        bits,
+        sum(unit.weights * each for unit, each in zip(units, bits, strict=True)) / weights,
+        8 * packed / weights,
+        dense_bytes + packed,
+        math.fsum(cost[each] for cost, each in zip(costs, bits, strict=True)),
+    )
+
+
+def check_budget(
+    params: AllocateParams, units: Sequence[Unit], widths: Sequence[int], dense_bytes: int
+) -> None:
+    """Raise `SelectionError` when no choice of widths meets the budget."""
+    low, high = min(widths), max(widths)
+    if params.average_bits is not None and not low <= params.average_bits <= high:
+        raise SelectionError(
+            f"average_bits {params.average_bits:g}: the widths {', '.join(map(str, widths))} reach "
+            f"{low} to {high}; give more of them with `widths`"
+        )
+    least = dense_bytes + sum(unit.sizes[low] for unit in units)
+    if params.max_bytes is not None and params.max_bytes < least:
+        most = dense_bytes + sum(unit.sizes[high] for unit in units)
+        raise SelectionError(
+            f"max_bytes {params.max_bytes:,}: {low} to {high} bits make files of {least:,} to "
+            f"{most:,} bytes, of which {dense_bytes:,} are not in the quantized linears"
+        )

@@ -1,0 +1,42 @@
+"""Between the two verbs that share a budget of bits: options from one, widths from the other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from compressor.allocate import AllocateParams
+from compressor.allocate.driver import allocate
+from compressor.allocate.errors import Probe
+from compressor.decoder import Decoder
+from compressor.quantize import GridParams
+from compressor.quantize.options import Options
+from compressor.records import BitPlan, Scores
+
+
+def choose_widths(
+    decoder: Decoder,
+    tokens: Tensor,
+    method: str,
+    params: AllocateParams,
+    *,
+    scores: Scores | None,
+    batch_size: int,
+) -> tuple[BitPlan, dict[str, Any]]:
+    """The plan that a method makes of a budget, and its figures for the summary."""
+    grid = GridParams(**params.model_dump(include=set(GridParams.model_fields)))
+    options = Options(decoder, grid, params.widths)
+    probe = Probe(
+        decoder, tokens, options.units, options.widths, options.quantize, scores, batch_size
+    )
+    chosen = allocate(probe, method, params, options.dense_bytes)
+    figures = {
+        "average_bits": chosen.average_bits,
+        "bits_per_weight": chosen.bits_per_weight,
+        "bytes": chosen.size_bytes,
+        "predicted": chosen.predicted,
+        "widths": options.by_block(chosen.bits),
+    }
+    plan = options.plan(chosen.bits, f"{method}: {chosen.average_bits:.4g} bits on average")
+    return plan, figures | ({"left_out": options.left_out} if options.left_out else {})
