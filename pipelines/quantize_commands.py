@@ -61,6 +61,8 @@ def quantize(scheme: Any = None, by: str | None = None, **params: Any) -> dict[s
     budget = {name: params.pop(name) for name in _BUDGET if name in params}
     if (by or "widths" in budget) and not budget.keys() - {"widths"}:
         raise click.UsageError("--by and --widths need --average-bits or --max-bytes")
+    if budget and "bits" in params:
+        raise click.UsageError("--bits is one width for all: give it or a budget, not both")
     shared = {name: params[name] for name in _SHARED if name in params}
     stages = allocation(budget | shared, by or "fisher") if budget else []
     if isinstance(scheme, str):
