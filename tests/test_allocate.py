@@ -292,7 +292,7 @@ def test_files_are_as_large_as_foretold(
     sizes = [unit.sizes[b] for unit, b in zip(options.units, bits, strict=True)]
     assert sum(sizes) == packed
     slack = options.dense_bytes + packed - file.weight_bytes
-    assert 0 <= slack < 250 * len(file.names)
+    assert 0 <= slack < 60 * len(file.names)
 
 
 def test_a_file_on_a_budget_of_bytes_loads_and_computes_what_was_planned(
@@ -416,5 +416,5 @@ def test_quantize_on_a_budget_from_the_command_line() -> None:
         ask(quantize_command, f"{asked} --scheme widths/bits.json")
     assert "need --average-bits" in ask(quantize_command, f"model --by lim {TEXT}")
     assert "one width for all" in ask(quantize_command, f"{asked} --bits 4")
-    ask(quantize_command, f"model --max-bytes 60kB --by zd --group-size 16 {TEXT} -o small")
-    assert Path("small/model.safetensors").stat().st_size <= 60_000
+    ask(quantize_command, f"model --max-bytes 62kB --by zd --group-size 16 {TEXT} -o small")
+    assert Path("small/model.safetensors").stat().st_size <= 62_000

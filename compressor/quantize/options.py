@@ -19,8 +19,7 @@ from compressor.quantize.plan import grids, units, widths_by_block
 from compressor.records import BitPlan, Width
 from compressor.units import Unit
 
-_ENTRY = 160  # bytes of a tensor in a safetensors header at most, beside its linear's name
-_PARTS = 4  # tensors of a quantized linear at most
+_ENTRY = 110  # bytes of a tensor in a safetensors header at most, beside its module's name
 
 
 class Options:
@@ -103,7 +102,9 @@ class Options:
         reader = self._decoder.reader
         checkpoint, names = reader.checkpoint, [name for unit in self.units for name in unit.names]
         packed = {reader.locate(f"{name}.weight") for name in names}
-        total = sum(_PARTS * (len(name) + _ENTRY) for name in names)
+        plan = self._grids[self.widths[0]]
+        layout = FORMATS[self._params.format].layout(plan)
+        total = sum(len(layout(plan[name]).names) * (len(name) + _ENTRY) for name in names)
         for name in checkpoint.names:
             if name not in packed:
                 count = math.prod(checkpoint.shape(name))
