@@ -28,15 +28,29 @@ def choose_widths(
     grid = GridParams(**params.model_dump(include=set(GridParams.model_fields)))
     options = Options(decoder, grid, params.widths)
     probe = Probe(
-        decoder, tokens, options.units, options.widths, options.quantize, scores, batch_size
+        decoder=decoder,
+        tokens=tokens[: params.max_windows],
+        units=options.units,
+        widths=options.widths,
+        quantize=options.quantize,
+        nearest=options.nearest,
+        scores=scores,
+        batch_size=batch_size,
     )
     chosen = allocate(probe, method, params, options.dense_bytes)
-    figures = {
+    figures: dict[str, Any] = {
         "average_bits": chosen.average_bits,
         "bits_per_weight": chosen.bits_per_weight,
         "bytes": chosen.size_bytes,
         "predicted": chosen.predicted,
         "widths": options.by_block(chosen.bits),
     }
+    if chosen.refined:
+        before, after = chosen.refined.losses
+        figures["refined"] = (
+            f"{before:.4f} to {after:.4f} nats in {chosen.refined.evaluations} tries"
+        )
+    if options.left_out:
+        figures["left_out"] = options.left_out
     plan = options.plan(chosen.bits, f"{method}: {chosen.average_bits:.4g} bits on average")
-    return plan, figures | ({"left_out": options.left_out} if options.left_out else {})
+    return plan, figures

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -130,14 +131,18 @@ def probe_of(
 ) -> tuple[Probe, Options]:
     decoder = Decoder(folder)
     options = Options(decoder, GridParams(group_size=16, **given), WIDTHS)
-    units, widths = options.units, options.widths
-    return Probe(decoder, windows, units, widths, options.quantize, scores, 2), options
+    made = (options.units, options.widths, options.quantize, options.nearest)
+    return Probe(decoder, windows, *made, scores, 2), options
+
+
+def rounded_by(probe: Probe, weight: Tensor, gram: Tensor, bits: int) -> Tensor:
+    return probe.quantize(weight.float(), gram.float(), bits).dequantize().double()
 
 
 def test_fisher_equals_its_formula_on_the_whole_model(llama: Path) -> None:
-    windows = tokens(5, 12)
+    windows = tokens(4, 12)
     probe, _ = probe_of(llama, windows)
-    costs = fisher(probe, max_windows=4, seed=3)
+    costs = fisher(probe, seed=3)
     model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float64)
     read: dict[str, Tensor] = {}
     made: dict[str, Tensor] = {}
@@ -148,7 +153,7 @@ def test_fisher_equals_its_formula_on_the_whole_model(llama: Path) -> None:
             out.retain_grad()
 
         model.get_submodule(name).register_forward_hook(keep)
-    scores = model(windows[:4]).logits.log_softmax(-1)
+    scores = model(windows).logits.log_softmax(-1)
     likelihood = torch.zeros(())
     for window in range(4):
         draw = torch.Generator().manual_seed(3 + window)
@@ -160,12 +165,14 @@ def test_fisher_equals_its_formula_on_the_whole_model(llama: Path) -> None:
         x = read[unit.names[0]].flatten(0, 1)
         gram = x.T @ x / 48
         gradient = torch.cat([made[n].grad for n in unit.names], -1).flatten(0, 1)  # type: ignore[misc]
+        whole = [sum(float(g) ** 2 for g in gradient[t]) for t in range(48)]
         for bits in WIDTHS:
-            off = weight - probe.quantize(weight.float(), gram.float(), bits).double()
+            off = weight - rounded_by(probe, weight, gram, bits)
             naive = 0.0
             for i in range(len(off)):
-                moved = sum(float(off[i] @ x[t]) ** 2 for t in range(48)) / 48
-                naive += sum(float(gradient[t, i]) ** 2 for t in range(48)) / 48 * moved / 2
+                share = sum(float(gradient[t, i]) ** 2 for t in range(48)) / sum(whole)
+                moved = sum(whole[t] * float(off[i] @ x[t]) ** 2 for t in range(48)) / 48
+                naive += share * moved / 2
             assert cost[bits] == pytest.approx(naive, rel=0.02)  # some columns round elsewhere
 
 
@@ -173,7 +180,7 @@ def test_fisher_foretells_the_divergence(llama: Path) -> None:
     """Of all options of one model, each alone: the KL to second order, in nats per token."""
     windows = tokens(16, 16)
     probe, _ = probe_of(llama, windows)
-    costs = fisher(probe, max_windows=16, seed=0)
+    costs = fisher(probe, seed=0)
     model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
     with torch.no_grad():
         full = model(windows).logits.log_softmax(-1)
@@ -193,7 +200,7 @@ def test_fisher_foretells_the_divergence(llama: Path) -> None:
             weights = [linear.weight.clone() for linear in linears]
             for bits in (3, 4):
                 gram = grams[unit.names[0]].clone()
-                rounded = probe.quantize(torch.cat(weights), gram, bits)
+                rounded = probe.quantize(torch.cat(weights), gram, bits).dequantize()
                 parts = rounded.split([len(w) for w in weights])
                 for linear, part in zip(linears, parts, strict=True):
                     linear.weight.copy_(part)
@@ -209,10 +216,10 @@ def test_fisher_foretells_the_divergence(llama: Path) -> None:
 
 
 def test_importance_is_rank_times_relative_error(llama: Path) -> None:
-    windows = tokens(3, 12)
+    windows = tokens(2, 12)
     scores = Scores(num_blocks=4, block={"lim": [-0.2, -0.9, -0.5, -0.9]})
     probe, _ = probe_of(llama, windows, scores)
-    costs = importance(probe, score="lim", max_windows=2)
+    costs = importance(probe, score="lim")
     model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float64)
     read: dict[str, Tensor] = {}
     for unit in probe.units:
@@ -222,13 +229,13 @@ def test_importance_is_rank_times_relative_error(llama: Path) -> None:
 
         model.get_submodule(unit.names[0]).register_forward_pre_hook(keep)
     with torch.no_grad():
-        model(windows[:2])
+        model(windows)
     for unit, cost in zip(probe.units, costs, strict=True):
         weight = torch.cat([model.get_submodule(n).weight.detach() for n in unit.names])
         x = read[unit.names[0]]
         gram = (x.T @ x / len(x)).float()
         for bits in WIDTHS:
-            off = weight - probe.quantize(weight.float(), gram, bits).double()
+            off = weight - rounded_by(probe, weight, gram, bits)
             relative = float((x @ off.T).square().sum() / (x @ weight.T).square().sum())
             rank = [1.0, 0.25, 0.75, 0.25][unit.block]
             assert cost[bits] == pytest.approx(rank * relative, rel=0.02)
@@ -260,11 +267,9 @@ def test_more_bits_cost_less_and_all_units_have_all_widths(method: str, llama: P
 
 def test_batches_do_not_matter(llama: Path) -> None:
     probe, _ = probe_of(llama, tokens(5, 12))
-    whole = Probe(probe.decoder, probe.tokens, probe.units, (2, 3), probe.quantize, None, 5)
-    parts = Probe(probe.decoder, probe.tokens, probe.units, (2, 3), probe.quantize, None, 2)
-    for one, other in zip(
-        fisher(whole, max_windows=5, seed=0), fisher(parts, max_windows=5, seed=0), strict=True
-    ):
+    whole = dataclasses.replace(probe, batch_size=5)
+    parts = dataclasses.replace(probe, batch_size=2)
+    for one, other in zip(fisher(whole, seed=0), fisher(parts, seed=0), strict=True):
         assert one == pytest.approx(other, rel=0.05)  # a rounding may fall the other way
 
 
@@ -366,9 +371,9 @@ def test_what_cannot_be_quantized_is_named(llama: Path) -> None:
         Options(Decoder(llama), GridParams(group_size=64), WIDTHS)
     probe, _ = probe_of(llama, tokens(1, 8))
     with pytest.raises(CompressError, match=r"q_proj: its inputs hold NaN"):
-        probe.row_errors(probe.units[0], torch.full((32, 32), math.nan))
+        next(probe.differences(probe.units[0], torch.full((32, 32), math.nan)))
     with pytest.raises(QuantizationError, match=r"q_proj: its inputs are zero"):
-        probe.row_errors(probe.units[0], torch.zeros(32, 32))
+        next(probe.differences(probe.units[0], torch.zeros(32, 32)))
 
 
 def test_functions_take_their_own_parameters() -> None:

@@ -35,6 +35,10 @@ class AllocateParams(Params):
     format: Literal["compressed-tensors", "gptq"] = Field(
         "compressed-tensors", description="what the file will be written in"
     )
+    max_windows: int = Field(4, gt=0, description="windows that costs are measured on")
+    refine: int = Field(
+        0, ge=0, description="losses of the rounded model to measure for swaps after the rule"
+    )
 
     @model_validator(mode="after")
     def _one_budget(self) -> Self:
@@ -46,7 +50,6 @@ class AllocateParams(Params):
 class FisherParams(AllocateParams):
     """Parameters of the Fisher-weighted error."""
 
-    max_windows: int = Field(4, gt=0, description="windows that go forward and back")
     seed: int = Field(0, description="of the tokens drawn from the model's own predictions")
 
 
@@ -54,7 +57,6 @@ class ImportanceParams(AllocateParams):
     """Parameters of scores times errors."""
 
     score: str = Field("lim", description="the score to go by: of linears, or else of blocks")
-    max_windows: int = Field(4, gt=0, description="windows that errors are measured on")
 
 
 METHODS = {

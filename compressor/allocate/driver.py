@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from compressor.allocate import METHODS, AllocateParams
 from compressor.allocate.errors import Costs, Probe
+from compressor.allocate.refine import MixedModel, Refined, refine
 from compressor.allocate.rule import greedy
 from compressor.errors import SelectionError
 from compressor.units import Unit
@@ -23,6 +24,7 @@ class Allocation:
         bits_per_weight: the same with scales and zero points.
         size_bytes: what the weight files will have at most.
         predicted: sum of the costs, in the method's own terms.
+        refined: what the swaps came to, where they were asked for.
     """
 
     bits: list[int]
@@ -30,6 +32,7 @@ class Allocation:
     bits_per_weight: float
     size_bytes: int
     predicted: float
+    refined: Refined | None = None
 
 
 def allocate(probe: Probe, method: str, params: AllocateParams, dense_bytes: int) -> Allocation:
@@ -41,27 +44,26 @@ def allocate(probe: Probe, method: str, params: AllocateParams, dense_bytes: int
     check_budget(params, probe.units, probe.widths, dense_bytes)
     own = params.model_dump(exclude={*AllocateParams.model_fields})
     costs: Costs = METHODS[method].load()(probe, **own)
-    return spend(costs, probe.units, params, dense_bytes)
-
-
-def spend(
-    costs: Costs, units: Sequence[Unit], params: AllocateParams, dense_bytes: int
-) -> Allocation:
-    """The widths that the budget buys."""
+    units, refined = probe.units, None
     weights = sum(unit.weights for unit in units)
+    sizes: list[Mapping[int, int]] = [unit.sizes for unit in units]
+    budget = (params.max_bytes or 0) - dense_bytes
     if params.average_bits is not None:
-        sizes = [{bits: unit.weights * bits for bits in unit.sizes} for unit in units]
-        bits = greedy(sizes, costs, math.floor(params.average_bits * weights + 1e-6))
-    else:
-        assert params.max_bytes is not None
-        bits = greedy([unit.sizes for unit in units], costs, params.max_bytes - dense_bytes)
+        sizes = [{bits: unit.weights * bits for bits in probe.widths} for unit in units]
+        budget = math.floor(params.average_bits * weights + 1e-6)
+    bits = greedy(sizes, costs, budget)
+    if params.refine:
+        model = MixedModel(probe, probe.tokens)
+        refined = refine(bits, sizes, costs, budget, loss=model.loss, evaluations=params.refine)
+        bits = refined.bits
     packed = sum(unit.sizes[each] for unit, each in zip(units, bits, strict=True))
     return Allocation(
-        bits,
-        sum(unit.weights * each for unit, each in zip(units, bits, strict=True)) / weights,
-        8 * packed / weights,
-        dense_bytes + packed,
-        math.fsum(cost[each] for cost, each in zip(costs, bits, strict=True)),
+        bits=bits,
+        average_bits=sum(u.weights * each for u, each in zip(units, bits, strict=True)) / weights,
+        bits_per_weight=8 * packed / weights,
+        size_bytes=dense_bytes + packed,
+        predicted=math.fsum(cost[each] for cost, each in zip(costs, bits, strict=True)),
+        refined=refined,
     )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from compressor.blocks import weight_of
 from compressor.decoder import Decoder
 from compressor.errors import CompressError, QuantizationError
-from compressor.moments import Gram
+from compressor.layouts import Codes
 from compressor.records import Scores
 from compressor.units import Unit
 
 Costs = list[dict[int, float]]
 """Per unit, what each width costs."""
+
+Rounding = Callable[[Tensor, Tensor, int], Codes]
 
 
 @dataclass(frozen=True)
@@ -27,19 +29,23 @@ class Probe:
         tokens: calibration windows (N, T).
         units: what gets a width.
         widths: bits they may get.
-        quantize: from a weight (O, I), the gram of its inputs (I, I) and bits to the weight (O, I)
-            as it will be read back.
+        quantize: codes of a weight (O, I) with the care of the final quantizer, from the gram of
+            its inputs (I, I) and bits.
+        nearest: the same by rounding to nearest, from the mean square of each input (I,) and bits.
         scores: of the score stage before; None without one.
         batch_size: windows that go through the model together.
+        energies: mean square of each input (I,) of the units measured so far, by first linear.
     """
 
     decoder: Decoder
     tokens: Tensor
     units: Sequence[Unit]
     widths: Sequence[int]
-    quantize: Callable[[Tensor, Tensor, int], Tensor]
+    quantize: Rounding
+    nearest: Rounding
     scores: Scores | None = None
     batch_size: int = 4
+    energies: dict[str, Tensor] = field(default_factory=dict)
 
     def linears(self, unit: Unit) -> dict[str, nn.Module]:
         """The linears of a unit by full name, with weights while their block is resident."""
@@ -50,43 +56,28 @@ class Probe:
         """The units of a block by their place among all."""
         return {i: unit for i, unit in enumerate(self.units) if unit.block == index}
 
-    def row_errors(self, unit: Unit, gram: Tensor) -> dict[int, Tensor]:
-        """Per width, mean square error of each output: e_i = D_i H D_i^T, D = W - Q, (O,) float64.
+    def differences(self, unit: Unit, gram: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Yield (bits, W - Q) for every width, (O, I) float32; gram: mean of x x^T (I, I).
 
-        gram H: mean of x x^T of the unit's inputs (I, I). Raises `QuantizationError` naming the
-        unit when it cannot be quantized, `CompressError` when its inputs are not finite.
+        Raises `QuantizationError` naming the unit when it cannot be quantized, `CompressError`
+        when its inputs are not finite.
         """
         if not torch.isfinite(gram).all():
             raise CompressError(
                 f"{unit.names[0]}: its inputs hold NaN or infinity; compute in float32"
             )
         weight = stacked(self.linears(unit))
-        found = {}
+        self.energies[unit.names[0]] = gram.diagonal().clone()
         for bits in self.widths:
             try:
-                off = weight - self.quantize(weight, gram, bits)
+                codes = self.quantize(weight, gram, bits)
             except QuantizationError as error:
                 raise QuantizationError(f"{unit.names[0]}: {error}") from error
-            found[bits] = energy(off, gram)
-        return found
+            yield bits, weight - codes.dequantize()
 
-
-class Grams:
-    """The gram of what each unit of a block reads, batch by batch."""
-
-    def __init__(self) -> None:
-        """Start empty."""
-        self._grams: dict[str, Gram] = {}
-
-    def add(self, name: str, x: Tensor) -> None:
-        """Add inputs (..., I) of the unit whose first linear is `name`."""
-        if name not in self._grams:
-            self._grams[name] = Gram(x.shape[-1], x.device)
-        self._grams[name].add(x.detach())
-
-    def mean(self, unit: Unit) -> Tensor:
-        """H of a unit, (I, I)."""
-        return self._grams[unit.names[0]].mean
+    def round(self, unit: Unit, weight: Tensor, bits: int) -> Codes:
+        """A measured unit's weight (O, I) to nearest, its scales weighted by its inputs."""
+        return self.nearest(weight, self.energies[unit.names[0]], bits)
 
 
 def stacked(linears: dict[str, nn.Module]) -> Tensor:

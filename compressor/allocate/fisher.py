@@ -2,51 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from compressor.allocate.errors import Costs, Grams, Probe
+from compressor.allocate.errors import Costs, Probe, energy
 from compressor.backward import Tape, backward
-from compressor.inputs import inputs_of
+from compressor.moments import Gram
 from compressor.walk import Stream, walk
 
 
-def fisher(probe: Probe, *, max_windows: int, seed: int) -> Costs:
-    """KL(model || quantized) ~ 1/2 sum_i mean_t(g_ti^2) D_i H D_i^T, nats per token.
+def fisher(probe: Probe, *, seed: int) -> Costs:
+    """KL(model || quantized) ~ 1/2 sum_i r_i D_i H_s D_i^T with D = W - Q, nats per token.
 
-    Quantizing W (O, I) to Q moves its outputs by D x, D = W - Q. To second order that costs
-    1/2 mean_t (g_t D x_t)^2 with g the gradient of the log-likelihood of tokens drawn from the
-    model's own predictions (the Fisher information; the model's own loss has no first-order term
-    there). g is taken as independent of x, output by output (its diagonal as in BRECQ,
-    arXiv:2102.05426 section 3.2; the split as in Kronecker-factored curvature, arXiv:1503.05671
-    section 3), and tokens as independent of each other. H = mean x x^T. So one forward, one way
-    back and one gram serve every width.
+    Quantizing W (O, I) to Q moves the outputs of token t by D x_t. To second order that costs
+    1/2 mean_t sum_i g_ti^2 (D_i x_t)^2, g being the gradient, at the outputs, of the likelihood of
+    tokens drawn from the model's own predictions: the Fisher information, of which the diagonal
+    is taken (BRECQ, arXiv:2102.05426 section 3.2). One gram serves all outputs because
+    g_ti^2 ~ s_t r_i, with s_t = sum_i g_ti^2 and r_i = sum_t g_ti^2 / sum s (GuidedQuant,
+    arXiv:2505.07004 section 4, with one group of outputs): H_s = mean_t s_t x_t x_t^T. It keeps
+    what matters most: tokens with huge inputs often have no say. So one forward and one way back
+    serve every width of every unit.
     """
-    decoder, tokens = probe.decoder, probe.tokens[:max_windows]
+    decoder, tokens = probe.decoder, probe.tokens
     tape = Tape(decoder, tokens, len(tokens))
     for step in walk(Stream(decoder, tokens, probe.batch_size), "allocate"):
         for rows, x_in, x_out in step.advance():
             tape.record(step, rows, x_in, x_out)
     costs: Costs = [{} for _ in probe.units]
     for back in backward(tape, tape.seed(_drawn(seed)), "allocate", weights=False):
-        units = probe.of_block(back.index)
-        grams, linears = Grams(), decoder.blocks.linears(back.index)
-        leaders = {unit.names[0]: linears[unit.names[0]] for unit in units.values()}
-        with inputs_of(leaders, grams.add), _squared_gradients(linears) as squares:
+        found = {place: _Curvature() for place in probe.of_block(back.index)}
+        with _seen(decoder.blocks.linears(back.index)) as (inputs, gradients):
             for _ in back.retreat():
-                pass
-        for place, unit in units.items():
-            information = torch.cat([squares[name] for name in unit.names]) / tokens.numel()
-            for bits, errors in probe.row_errors(unit, grams.mean(unit)).items():
-                costs[place][bits] = float(information @ errors) / 2
+                for place, curvature in found.items():
+                    names = probe.units[place].names
+                    g = torch.cat([gradients[name] for name in names], -1)
+                    curvature.add(inputs[names[0]], g)
+        for place, curvature in found.items():
+            for bits, off in probe.differences(probe.units[place], curvature.gram.mean):
+                costs[place][bits] = curvature.cost(off)
     return costs
 
 
-def _drawn(seed: int) -> Any:
+class _Curvature:
+    """What the loss makes of a move of a unit's outputs, summed batch by batch."""
+
+    def __init__(self) -> None:
+        self._squares: Tensor | None = None
+
+    def add(self, x: Tensor, g: Tensor) -> None:
+        """Add the inputs x (..., I) and the gradients g (..., O) of some tokens."""
+        x, squares = x.flatten(0, -2).float(), g.flatten(0, -2).float().square()
+        if self._squares is None:
+            self.gram, self._weighted = Gram(x.shape[1], x.device), Gram(x.shape[1], x.device)
+            self._squares = squares.new_zeros(squares.shape[1], dtype=torch.float64)
+        self.gram.add(x)
+        self._weighted.add(x * squares.sum(1, keepdim=True).sqrt())
+        self._squares += squares.sum(0, dtype=torch.float64)
+
+    def cost(self, off: Tensor) -> float:
+        """1/2 sum_i r_i D_i H_s D_i^T of D (O, I)."""
+        assert self._squares is not None
+        shares = self._squares / self._squares.sum().clamp(min=1e-300)
+        return float(shares @ energy(off, self._weighted.mean)) / 2
+
+
+def _drawn(seed: int) -> Callable[[int, Tensor], Tensor]:
     """Log-likelihood of tokens drawn from the predictions of one window, logits (T, V)."""
 
     def objective(window: int, logits: Tensor) -> Tensor:
@@ -59,23 +82,22 @@ def _drawn(seed: int) -> Any:
 
 
 @contextmanager
-def _squared_gradients(linears: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """Sum over tokens of g_i^2 at every output of each linear, (O,) float64."""
-    sums: dict[str, Tensor] = {}
+def _seen(linears: dict[str, nn.Module]) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """What each linear reads and the gradient at what it makes, of the latest batch, by name."""
+    inputs: dict[str, Tensor] = {}
+    gradients: dict[str, Tensor] = {}
 
-    def add(name: str, gradient: Tensor) -> None:
-        squares = gradient.flatten(0, -2).float().square().sum(0, dtype=torch.float64)
-        sums[name] = sums[name] + squares if name in sums else squares
-
-    def hook(name: str) -> Any:
-        def watch(_: nn.Module, __: Any, output: Tensor) -> None:
-            output.register_hook(lambda gradient: add(name, gradient))
+    def hook(name: str) -> Callable[..., None]:
+        def watch(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            inputs[name] = args[0].detach()
+            # a copy: the last linear's is the walk's own gradient, which moves on in place
+            output.register_hook(lambda gradient: gradients.__setitem__(name, gradient.clone()))
 
         return watch
 
     handles = [linear.register_forward_hook(hook(name)) for name, linear in linears.items()]
     try:
-        yield sums
+        yield inputs, gradients
     finally:
         for handle in handles:
             handle.remove()

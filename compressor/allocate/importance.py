@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from compressor.allocate.errors import Costs, Grams, Probe, energy, stacked
+from torch import Tensor
+
+from compressor.allocate.errors import Costs, Probe, energy, stacked
 from compressor.errors import SelectionError, did_you_mean
 from compressor.inputs import inputs_of
+from compressor.moments import Gram
 from compressor.records import Scores
 from compressor.units import Unit
 from compressor.walk import Stream, walk
 
 
-def importance(probe: Probe, *, score: str, max_windows: int) -> Costs:
+def importance(probe: Probe, *, score: str) -> Costs:
     """I_u ||D X||^2 / ||W X||^2 with D = W - Q.
 
     I_u is the saliency of the unit's linears together where the score rates linears and is a
@@ -24,20 +27,26 @@ def importance(probe: Probe, *, score: str, max_windows: int) -> Costs:
     """
     assert probe.scores is not None
     weights = saliencies(probe.scores, score, probe.units)
-    decoder, tokens = probe.decoder, probe.tokens[:max_windows]
+    decoder, tokens = probe.decoder, probe.tokens
     costs: Costs = [{} for _ in probe.units]
+    grams: dict[str, Gram] = {}
+
+    def add(name: str, x: Tensor) -> None:
+        grams.setdefault(name, Gram(x.shape[-1], x.device)).add(x)
+
     for step in walk(Stream(decoder, tokens, probe.batch_size), "allocate"):
         units = probe.of_block(step.index)
-        grams, linears = Grams(), decoder.blocks.linears(step.index)
-        leaders = {unit.names[0]: linears[unit.names[0]] for unit in units.values()}
-        with inputs_of(leaders, grams.add):
+        linears = decoder.blocks.linears(step.index)
+        leaders = {name: linears[name] for unit in units.values() for name in unit.names[:1]}
+        with inputs_of(leaders, add):
             for _ in step.advance():
                 pass
         for place, unit in units.items():
-            gram = grams.mean(unit)
+            gram = grams.pop(unit.names[0]).mean
             whole = float(energy(stacked(probe.linears(unit)), gram).sum())
-            for bits, errors in probe.row_errors(unit, gram).items():
-                costs[place][bits] = weights[place] * float(errors.sum()) / max(whole, 1e-30)
+            for bits, off in probe.differences(unit, gram):
+                error = float(energy(off, gram).sum())
+                costs[place][bits] = weights[place] * error / max(whole, 1e-30)
     return costs
 
 

@@ -10,12 +10,14 @@ from torch import Tensor
 from compressor.blocks import weight_of
 from compressor.decoder import Decoder
 from compressor.errors import QuantizationError
+from compressor.layouts import Codes
 from compressor.quantize import GptqParams, GridParams
 from compressor.quantize.formats import FORMATS, patterns
 from compressor.quantize.gptq import gptq
 from compressor.quantize.grid import Grid
 from compressor.quantize.lint import lint
 from compressor.quantize.plan import grids, units, widths_by_block
+from compressor.quantize.rtn import rtn
 from compressor.records import BitPlan, Width
 from compressor.units import Unit
 
@@ -53,14 +55,20 @@ class Options:
         self.units = [self._unit(names) for names in units(decoder)]
         self.dense_bytes = self._dense_bytes()
 
-    def quantize(self, weight: Tensor, gram: Tensor, bits: int) -> Tensor:
+    def quantize(self, weight: Tensor, gram: Tensor, bits: int) -> Codes:
         """A unit's weight (O, I) as GPTQ leaves it at `bits`; gram of its inputs (I, I).
 
         Without polish, which takes as long again to lower the error by a few percent.
         """
-        grid = next(iter(self._grids[bits].values()))
         damp = GptqParams().damp
-        return gptq(weight, gram, grid, damp=damp, act_order=True, polish=0).dequantize()
+        return gptq(weight, gram, self._grid(bits), damp=damp, act_order=True, polish=0)
+
+    def nearest(self, weight: Tensor, energy: Tensor, bits: int) -> Codes:
+        """A unit's weight (O, I) to nearest; `energy` (I,), the mean square of each input."""
+        return rtn(weight, energy.diag(), self._grid(bits))
+
+    def _grid(self, bits: int) -> Grid:
+        return next(iter(self._grids[bits].values()))
 
     def plan(self, bits: Sequence[int], reason: str) -> BitPlan:
         """The plan that gives each unit its bits."""
