@@ -21,6 +21,7 @@ from compressor.allocate.driver import Allocation, allocate
 from compressor.allocate.errors import Probe
 from compressor.allocate.fisher import fisher
 from compressor.allocate.importance import importance, saliencies
+from compressor.allocate.refine import MixedModel, refine
 from compressor.allocate.rule import greedy, hull
 from compressor.checkpoint import Checkpoint
 from compressor.decoder import Decoder
@@ -329,6 +330,70 @@ def rounded(weight: Tensor, params: RtnParams) -> Tensor:
 
     grid = Grid(params.bits, params.group_size, torch.float32)
     return rtn(weight, None, grid).dequantize()
+
+
+def test_swaps_are_taken_only_when_the_loss_says_so() -> None:
+    sizes = [{b: float(b) for b in (2, 3, 4)}] * 4
+    foretold = [{b: 4.0**-b for b in (2, 3, 4)}] * 4
+    truth = [{b: weight * 4.0**-b for b in (2, 3, 4)} for weight in (1.0, 30.0, 1.0, 2.0)]
+    asked: list[tuple[int, ...]] = []
+
+    def loss(bits: list[int]) -> float:
+        asked.append(tuple(bits))
+        return total(truth, bits)
+
+    found = refine([3, 3, 3, 3], sizes, foretold, 12, loss=loss, evaluations=40)
+    assert found.losses == (total(truth, [3] * 4), total(truth, found.bits))
+    assert total(truth, found.bits) == brute_force(sizes, truth, 12)
+    assert len(asked) == len(set(asked)) == found.evaluations <= 40
+    assert all(sum(bits) <= 12 for bits in asked)
+    worse = refine(found.bits, sizes, foretold, 12, loss=loss, evaluations=5)
+    assert (worse.bits, worse.evaluations) == (found.bits, 5)
+    assert refine([3] * 4, sizes, foretold, 12, loss=loss, evaluations=1).bits == [3] * 4
+    assert refine([2] * 4, sizes, foretold, 8, loss=loss, evaluations=9).evaluations == 1
+
+
+def test_the_mixed_model_is_the_model_with_rounded_weights(llama: Path) -> None:
+    windows = tokens(3, 12)
+    probe, _ = probe_of(llama, windows)
+    fisher(probe, seed=0)
+    mixed = MixedModel(probe, windows)
+    draw = random.Random(0)
+    bits = [3] * len(probe.units)
+    for change in (0, 15, 9, 9, 4):
+        bits[change] = draw.choice([2, 4, 8])
+        model = AutoModelForCausalLM.from_pretrained(llama)
+        for unit, each in zip(probe.units, bits, strict=True):
+            linears = [model.get_submodule(name) for name in unit.names]
+            stack = torch.cat([linear.weight.data for linear in linears])
+            rounded = probe.nearest(stack, probe.energies[unit.names[0]], each).dequantize()
+            parts = rounded.split([len(linear.weight) for linear in linears])
+            for linear, part in zip(linears, parts, strict=True):
+                linear.weight.data.copy_(part)
+        with torch.no_grad():
+            naive = float(model(windows, labels=windows).loss)
+        assert mixed.loss(bits) == pytest.approx(naive, abs=1e-5)
+
+
+def test_only_blocks_behind_a_change_run_again(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probe, options = probe_of(llama, tokens(3, 12))
+    fisher(probe, seed=0)
+    mixed, ran, run = MixedModel(probe, probe.tokens), [], Decoder.run
+    monkeypatch.setattr(Decoder, "run", lambda d, i, x, b=None: ran.append(i) or run(d, i, x, b))
+    mixed.loss([3] * 16)
+    assert ran == [0, 0, 1, 1, 2, 2, 3, 3]
+    ran.clear()
+    mixed.loss([3] * 9 + [2] + [3] * 6)
+    assert ran == [2, 2, 3, 3]
+    ran.clear()
+    mixed.loss([3] * 15 + [4])
+    assert ran == [2, 2, 3, 3]
+    found = chosen(probe, options, average_bits=3, refine=6)
+    assert found.refined is not None
+    assert found.refined.losses[1] <= found.refined.losses[0]
+    assert found.average_bits <= 3
 
 
 def test_average_bits_are_met_within_one_step(llama: Path) -> None:
