@@ -43,7 +43,11 @@ def allocate(probe: Probe, method: str, params: AllocateParams, dense_bytes: int
     """
     check_budget(params, probe.units, probe.widths, dense_bytes)
     own = params.model_dump(exclude={*AllocateParams.model_fields})
-    costs: Costs = METHODS[method].load()(probe, **own)
+    return spend(METHODS[method].load()(probe, **own), probe, params, dense_bytes)
+
+
+def spend(costs: Costs, probe: Probe, params: AllocateParams, dense_bytes: int) -> Allocation:
+    """The widths that a budget within reach buys."""
     units, refined = probe.units, None
     weights = sum(unit.weights for unit in units)
     sizes: list[Mapping[int, int]] = [unit.sizes for unit in units]
