@@ -3,6 +3,7 @@
 One process per row, so that peak memory is the row's own. Rows are JSON lines on stdout.
 Usage: python benchmarks/quantizers.py MODEL CALIBRATION.txt EVALUATION.txt [--rows NAME ...]
 The protocol: the first 8 windows of 512 tokens of each text, group 64, one thread.
+--scheme bits.json, from `compress allocate`, gives the linears of the rows its widths.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from compressor.decoder import Decoder
 from compressor.model import load_tokenizer
 from compressor.quantize import METHODS
 from compressor.quantize.driver import Recipe, quantize_blocks
+from compressor.records import BitPlan
 
 PLAIN = {"propagation": "none", "damp": 0.01, "polish": 0}
 METHOD_ROWS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -69,10 +71,13 @@ def perplexity(model: Path, weights: dict[str, Tensor], tokens: Tensor) -> float
     return math.exp(sum(losses) / len(losses))
 
 
-def measure(name: str, model: Path, calibration: Path, evaluation: Path) -> dict[str, Any]:
+def measure(
+    name: str, model: Path, calibration: Path, evaluation: Path, scheme: Path | None
+) -> dict[str, Any]:
     """One row: quantize in memory, then evaluate."""
     method, given = ROWS[name]
-    params = METHODS[method].params(**given)
+    plan = BitPlan.load(scheme) if scheme else None
+    params = METHODS[method].params(**given, scheme=plan)
     tokens = windows(model, calibration) if METHODS[method].needs else None
     started, decoder = time.process_time(), Decoder(model)
     recipe = Recipe.of(decoder, method, params)  # type: ignore[arg-type]
@@ -85,7 +90,7 @@ def measure(name: str, model: Path, calibration: Path, evaluation: Path) -> dict
             zeros = 0 if found.zero_point is None else found.zero_point.numel()
             bits += found.grid.bits * (found.integers.numel() + zeros) + 8 * found.scale.nbytes
     return {
-        "row": name,
+        "row": f"{name} {plan.reason}" if plan else name,
         "cpu_seconds": round(time.process_time() - started, 1),
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         "linear_bytes": int(bits / 8),
@@ -106,14 +111,16 @@ def main() -> None:
     for path in ("model", "calibration", "evaluation"):
         parser.add_argument(path, type=Path)
     parser.add_argument("--rows", nargs="*", default=[], choices=[*ROWS, *PEERS])
+    parser.add_argument("--scheme", type=Path)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     paths = [args.model, args.calibration, args.evaluation]
     if args.one:
         torch.set_num_threads(1)
-        sys.stdout.write(json.dumps(measure(args.one, *paths)) + "\n")
+        sys.stdout.write(json.dumps(measure(args.one, *paths, args.scheme)) + "\n")
         return
-    for _, command in commands(args.rows, [str(path) for path in paths]):
+    extra = ["--scheme", str(args.scheme)] if args.scheme else []
+    for _, command in commands(args.rows, [str(path) for path in paths] + extra):
         subprocess.run(command, check=True)
 
 

@@ -6,6 +6,7 @@ along the inputs; they differ in which axis comes first and in what stands besid
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -62,6 +63,13 @@ class Packed:
         names = (self.key, "weight_scale", "weight_shape")
         return names if self.symmetric else (*names, "weight_zero_point")
 
+    def size_bytes(self, rows: int, columns: int, groups: int, scale_bytes: int) -> int:
+        """What the tensors of a linear (rows, columns) take, with scales of `scale_bytes`."""
+        words = rows * math.ceil(columns * self.bits / 32)
+        if not self.symmetric:
+            words += math.ceil(rows * self.bits / 32) * groups
+        return 4 * words + rows * groups * scale_bytes + 16
+
     def write(self, codes: Codes) -> Tensors:
         """The tensors that hold `codes`."""
         tensors = {
@@ -101,6 +109,11 @@ class Gptq:
 
     names = (key, "qzeros", "scales", "g_idx")
     """The tensors of a linear."""
+
+    def size_bytes(self, rows: int, columns: int, groups: int, scale_bytes: int) -> int:
+        """What the tensors of a linear (rows, columns) take, with scales of `scale_bytes`."""
+        words = rows * (columns + groups) * self.bits // 32 + columns
+        return 4 * words + rows * groups * scale_bytes
 
     def write(self, codes: Codes) -> Tensors:
         """The tensors that hold `codes`; in version 1 no zero point may be the lowest integer.

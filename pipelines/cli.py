@@ -30,7 +30,11 @@ COMMANDS = {
     "select": ("pipelines.choose:select", "Choose the parts to remove, by scores or a search."),
     "prune": ("pipelines.verbs:prune", "Remove blocks and sublayers from a model."),
     "heal": ("pipelines.verbs:heal", "Train a pruned model to recover what it lost."),
-    "quantize": ("pipelines.verbs:quantize", "Store the linears of a model in few bits."),
+    "allocate": ("pipelines.quantize_commands:allocate", "Choose how many bits each linear gets."),
+    "quantize": (
+        "pipelines.quantize_commands:quantize",
+        "Store the linears of a model in few bits.",
+    ),
     "export": ("pipelines.verbs:export", "Write safetensors and ONNX folders that runtimes load."),
     "evaluate": ("pipelines.verbs:evaluate", "Measure perplexity, size, speed, agreement."),
     "verify": ("pipelines.commands:verify", "Re-hash stored artifacts."),

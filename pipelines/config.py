@@ -18,7 +18,7 @@ from compressor.evaluate import EvaluateParams
 from compressor.methods import Method, Params
 from compressor.sources import ModelSource, Source, TextRole, TextSource
 
-VERBS = ("score", "select", "prune", "heal", "quantize", "export")
+VERBS = ("score", "select", "prune", "heal", "allocate", "quantize", "export")
 Path_ = tuple[str | int, ...]
 
 

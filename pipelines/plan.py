@@ -19,7 +19,14 @@ ROLES = ("evaluation", "calibration", "healing")
 CHECKPOINTS = ("model", "prune", "heal", "quantize")
 """Verbs whose output is a checkpoint; each is followed by its evaluation."""
 
+_MAKES = {"score": "scores", "select": "selection", "allocate": "bits"}
+"""What the verbs that write no checkpoint make; it is spent when the checkpoint changes."""
+
+_WELCOMES = {"select": "scores", "quantize": "bits", "export": "evaluation"}
+"""What a verb takes where it was made, and does without elsewhere."""
+
 _REMEDIES = {
+    "scores": "put a score stage before it",
     "selection": "put a select stage before it",
     "parent": "put a prune stage before it",
 }
@@ -149,6 +156,12 @@ class _Planner:
 
     def add_stage(self, asked: StageConfig, label: str = "") -> Stage:
         table = {name: methods(asked.verb)[name] for name in asked.methods}
+        schemes = [getattr(given, "scheme", None) for given in asked.methods.values()]
+        if "bits" in self.latest and any(schemes):
+            raise ConfigError(
+                f"stage {asked.verb!r} has a scheme, but an allocate stage before it has chosen "
+                "the widths: remove one of the two"
+            )
         params: dict[str, Any] = {n: p.model_dump(mode="json") for n, p in asked.methods.items()}
         if asked.verb == "heal":
             params["seed"] = self.head.seed
@@ -171,19 +184,17 @@ class _Planner:
             if asked.verb == "prune":
                 self.latest["parent"] = self.latest["checkpoint"]
             self.latest["checkpoint"] = stage
-            self.latest.pop("scores", None)
-            self.latest.pop("selection", None)
+            for role in _MAKES.values():
+                self.latest.pop(role, None)
             self.add_evaluation(label)
-        elif asked.verb in ("score", "select"):
-            self.latest["scores" if asked.verb == "score" else "selection"] = stage
+        elif asked.verb in _MAKES:
+            self.latest[_MAKES[asked.verb]] = stage
         return stage
 
     def _inputs(self, verb: str, roles: set[str]) -> dict[str, Stage]:
         inputs = {"checkpoint": self.latest["checkpoint"]}
-        if verb == "select" and "scores" in self.latest:
-            inputs["scores"] = self.latest["scores"]
-        if verb == "export" and "evaluation" in self.latest:  # held-out text for its gate
-            inputs["evaluation"] = self.latest["evaluation"]
+        if _WELCOMES.get(verb) in self.latest:
+            inputs[_WELCOMES[verb]] = self.latest[_WELCOMES[verb]]
         for role in sorted(roles):
             if role not in self.latest:
                 remedy = _REMEDIES.get(

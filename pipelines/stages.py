@@ -13,19 +13,20 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from compressor.allocate import AllocateParams
 from compressor.blocks import Blocks
 from compressor.checkpoint import write_json
 from compressor.decoder import Decoder, skeleton
 from compressor.model import load_tokenizer, materialise
 from compressor.quantize import GridParams
-from compressor.records import Scores, Selection
+from compressor.records import BitPlan, Scores, Selection
 from compressor.text import windows
 from compressor.trial import Trial
 from pipelines.config import methods
 from pipelines.plan import ROLES, text_source
 from pipelines.run import Job
 
-SCORES, SELECTION = "scores.json", "selection.json"
+SCORES, SELECTION, BITS = "scores.json", "selection.json", "bits.json"
 WINDOWS, TEXT = "windows.safetensors", "text.json"
 
 
@@ -130,12 +131,34 @@ def heal(job: Job) -> dict[str, Any]:
     return result
 
 
+def allocate(job: Job) -> dict[str, Any]:
+    """Choose the width of every linear."""
+    from pipelines.allocation import choose_widths
+
+    name, params = job.method
+    assert isinstance(params, AllocateParams)
+    tokens = _tokens(job, "calibration")
+    assert tokens is not None
+    plan, figures = choose_widths(
+        Decoder(job.inputs["checkpoint"], job.device),
+        tokens,
+        name,
+        params,
+        scores=Scores.load(job.inputs["scores"] / SCORES) if "scores" in job.inputs else None,
+        batch_size=job.config.head.batch_size,
+    )
+    plan.save(job.out / BITS)
+    return figures
+
+
 def quantize(job: Job) -> dict[str, Any]:
     """Store the linears in few bits."""
     from compressor.quantize.driver import quantize as drive
 
     name, params = job.method
     assert isinstance(params, GridParams)
+    if "bits" in job.inputs:
+        params = params.model_copy(update={"scheme": BitPlan.load(job.inputs["bits"] / BITS)})
     tokens = _tokens(job, "calibration") if "calibration" in job.inputs else None
     return drive(
         job.inputs["checkpoint"],

@@ -41,7 +41,7 @@ def parameters(verb: str, own: tuple[str, ...] = _OWN) -> list[Callable[..., Any
     """One option per parameter of any method of a verb, its default in the help."""
     table = configuration.methods(verb)
     options: list[Callable[..., Any]] = []
-    if len(table) > 1:
+    if len(table) > 1 and "method" not in own:
         names = ", ".join(table)
         options.append(
             click.option("--method", help=f"One of: {names} (default {next(iter(table))}).")
@@ -75,7 +75,9 @@ class _YamlValue(click.ParamType[Any]):
             self.fail(f"{value!r} is not a YAML value", param, ctx)
 
 
-def _verb(verb: str, role: str | None) -> Callable[[Callable[..., Any]], click.Command]:
+def alone(
+    verb: str, role: str | None, own: tuple[str, ...] = _OWN
+) -> Callable[[Callable[..., Any]], click.Command]:
     """Decorate the builder of a configuration with a verb's model, text and method options."""
 
     def decorate(build: Builder) -> click.Command:
@@ -106,7 +108,7 @@ def _verb(verb: str, role: str | None) -> Callable[[Callable[..., Any]], click.C
             STORE,
             OUT,
             *(reversed(TEXT) if role else ()),
-            *reversed(parameters(verb)),
+            *reversed(parameters(verb, own)),
             MODEL,
         ):
             command = option(command)
@@ -115,7 +117,7 @@ def _verb(verb: str, role: str | None) -> Callable[[Callable[..., Any]], click.C
     return decorate
 
 
-@_verb("score", "calibration")
+@alone("score", "calibration")
 def score(method: str | None = None, **params: Any) -> dict[str, Any]:
     """Score the blocks of MODEL; --method takes several names, joined by commas.
 
@@ -131,7 +133,7 @@ def score(method: str | None = None, **params: Any) -> dict[str, Any]:
     return {"stages": [{"score": chosen}]}
 
 
-@_verb("prune", "calibration")
+@alone("prune", "calibration")
 @click.option("--selection", type=click.Path(path_type=Path), help="A selection.json.")
 @click.option("--blocks", help="Blocks to remove, such as 13-18 or 3,7,12.")
 @click.option("--attention", help="Blocks to remove the attention of.")
@@ -162,7 +164,7 @@ def prune(selection: Path | None = None, **params: Any) -> dict[str, Any]:
     return {"stages": [{"select": {"method": "fixed", **drop}}, {"prune": params}]}
 
 
-@_verb("heal", "healing")
+@alone("heal", "healing")
 def heal(**params: Any) -> dict[str, Any]:
     """Train MODEL on TEXT with low-rank adapters and merge them; resumes after a crash.
 
@@ -172,20 +174,7 @@ def heal(**params: Any) -> dict[str, Any]:
     return {"stages": [{"heal": params}]}
 
 
-@_verb("quantize", "calibration")
-def quantize(scheme: Any = None, **params: Any) -> dict[str, Any]:
-    """Store the linears of MODEL in few bits, in a file that runtimes load, and say which do.
-
-    \b
-    compress quantize MODEL --bits 4 --group-size 64 --text corpus.txt -o model-4bit
-    compress quantize MODEL --bits 4 --scheme widths.yaml --text corpus.txt -o model-mixed
-    """
-    if isinstance(scheme, str):
-        scheme = read_yaml(Path(scheme), "--scheme")
-    return {"stages": [{"quantize": params | ({"scheme": scheme} if scheme else {})}]}
-
-
-@_verb("export", None)
+@alone("export", None)
 def export(**params: Any) -> dict[str, Any]:
     """Write MODEL as a safetensors folder and an ONNX folder, and check them against each other.
 
@@ -195,7 +184,7 @@ def export(**params: Any) -> dict[str, Any]:
     return {"stages": [{"export": params}]}
 
 
-@_verb("evaluate", "evaluation")
+@alone("evaluate", "evaluation")
 def evaluate(**params: Any) -> dict[str, Any]:
     """Measure perplexity over held-out --text, size and speed of MODEL.
 

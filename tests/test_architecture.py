@@ -17,10 +17,11 @@ from pipelines.config import VERBS, methods
 ROOT = Path(__file__).parents[1]
 FILES = sorted([*ROOT.glob("compressor/**/*.py"), *ROOT.glob("pipelines/**/*.py")])
 VERB_FOLDERS = (*VERBS, "evaluate")
+ROLES = {"calibration", "healing", "evaluation", "scores", "selection", "parent"}
 
 LAYERS = (
     {"errors"},
-    {"progress", "families", "timing", "methods", "sources", "sparsity", "shallow", "spool"},
+    {"progress", "families", "timing", "methods", "sources", "sparsity", "shallow", "spool", "units"},
     {"fetch", "artifact", "records", "checkpoint", "moments", "layouts"},
     {"blocks", "dense"},
     {"decoder"},
@@ -106,7 +107,14 @@ def test_tables_point_at_functions_that_take_the_parameters(verb: str) -> None:
         assert row.summary
         assert row.source
         assert row.cost
-        assert set(row.needs) <= {"calibration", "healing", "evaluation", "selection", "parent"}
+        assert set(row.needs) <= {
+            "calibration",
+            "healing",
+            "evaluation",
+            "selection",
+            "parent",
+            "scores",
+        }
         target = row.load()
         assert inspect.getdoc(target)
         if verb in ("score", "select"):

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from compressor.errors import ConfigError
 from compressor.records import Width
 from pipelines.config import RunConfig, load
-from pipelines.verbs import quantize
+from pipelines.quantize_commands import quantize
 
 ROOT = Path(__file__).parents[1]
 GOOD = """\

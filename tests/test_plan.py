@@ -153,6 +153,21 @@ def test_scores_and_selections_are_spent_by_pruning() -> None:
     assert sorted(again["select 2"].inputs) == ["checkpoint"]
 
 
+def test_widths_are_spent_by_the_stage_that_takes_them() -> None:
+    chosen = [{"score": ["zd"]}, {"allocate": {"method": "importance", "average_bits": 3}}]
+    by_label = {s.label: s for s in stages(stages=[*chosen, "quantize"])}
+    assert sorted(by_label["allocate"].inputs) == ["calibration", "checkpoint", "scores"]
+    assert by_label["quantize"].inputs["bits"] is by_label["allocate"]
+    pruned = [*chosen, {"prune": {"method": "magnitude"}}, "quantize"]
+    assert "bits" not in {s.label: s for s in stages(stages=pruned)}["quantize"].inputs
+    with pytest.raises(ConfigError, match=r"'allocate' needs scores, .* put a score stage"):
+        stages(stages=chosen[1:])
+    own = {"quantize": {"scheme": {"linears": {"*": 4}}}}
+    assert "bits" not in {s.label: s for s in stages(stages=[own])}["quantize"].inputs
+    with pytest.raises(ConfigError, match="remove one of the two"):
+        stages(stages=[*chosen, own])
+
+
 def test_stages_repeat() -> None:
     twice = [{"select": {"method": "fixed", "blocks": [1]}}, "prune"] * 2
     labels = [stage.label for stage in stages(stages=twice)]

@@ -26,7 +26,7 @@ from compressor.quantize.grid import Grid, QuantizedWeight
 from compressor.quantize.inputs import Group, input_groups, stream_writers
 from compressor.quantize.kinds import kind_of
 from compressor.quantize.lint import lint
-from compressor.quantize.plan import grids
+from compressor.quantize.plan import grids, widths_by_block
 from compressor.quantize.turns import Moments, quantize_in_turn
 from compressor.quantize.write import IntegerWriter
 from compressor.records import BitPlan
@@ -118,12 +118,15 @@ def quantize(
     (out / REPORT).write_text(text + "\n", encoding="utf-8")
     errors = [row["relative_error"] for row in report.values()]
     asked = dict(params).get("damp", math.inf)
+    widths = {name: grid.bits for name, grid in recipe.grids.items()}
+    mixed = len(set(widths.values())) > 1
     return {
-        "bits": params.bits,
+        "bits": "mixed" if mixed else next(iter(widths.values())),
         "bits_per_weight": bits,
         "mean_relative_error": sum(errors) / len(errors),
         "drift": drifts[-1] if drifts else None,
         "raised_damp": [name for name, row in report.items() if row["damp"] > asked],
+        **({"widths": widths_by_block(widths, decoder.blocks)} if mixed else {}),
         "readers": {verdict.reader: f"{verdict.speed}: {verdict.why}" for verdict in readers},
     }
 

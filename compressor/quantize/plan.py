@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
 import torch
 
-from compressor.blocks import weight_of
+from compressor.blocks import Blocks, weight_of
 from compressor.decoder import Decoder
 from compressor.errors import QuantizationError, did_you_mean
 from compressor.quantize import GridParams
@@ -64,6 +65,15 @@ def units(decoder: Decoder) -> list[tuple[str, ...]]:
             known[make] = [part for group in tails for part in _by_parent(group)]
         found += [tuple(path + tail for tail in tails) for tails in known[make]]
     return found
+
+
+def widths_by_block(bits: Mapping[str, int], blocks: Blocks) -> dict[str, str]:
+    """The bits of each linear, a digit a block and - where it is not: {"mlp.down_proj": "44-3"}."""
+    rows: dict[str, str] = {}
+    for name, each in bits.items():
+        index, _, tail = name.removeprefix(f"{blocks.prefix}.").partition(".")
+        rows[tail] = rows.get(tail, "").ljust(int(index), "-") + str(each)
+    return {tail: row.ljust(len(blocks), "-") for tail, row in rows.items()}
 
 
 def _by_parent(tails: list[str]) -> list[list[str]]:

@@ -35,11 +35,13 @@ class IntegerWriter:
         """Write the linears of one block in integers."""
         for name, result in results.items():
             stored = self._decoder.reader.locate(f"{name}.weight") or f"{name}.weight"
-            for part, tensor in self._layout(self._grids[name]).write(result).items():
+            layout, scale = self._layout(self._grids[name]), result.scale
+            for part, tensor in layout.write(result).items():
                 self._writer.add(stored.removesuffix("weight") + part, tensor)
-                self._bits += 8 * tensor.nbytes
+            rows, columns = result.integers.shape
+            self._bits += 8 * layout.size_bytes(rows, columns, scale.shape[1], scale.itemsize)
             self._done.add(stored)
-            self._weights += result.integers.numel()
+            self._weights += rows * columns
 
     def finish(self) -> float:
         """Copy the rest, write the config and return the average bits per packed weight."""

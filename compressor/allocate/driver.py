@@ -1,0 +1,90 @@
+"""From costs and a budget to the width of every unit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from compressor.allocate import METHODS, AllocateParams
+from compressor.allocate.errors import Costs, Probe
+from compressor.allocate.refine import MixedModel, Refined, refine
+from compressor.allocate.rule import greedy
+from compressor.errors import SelectionError
+from compressor.units import Unit
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Which unit gets what.
+
+    Attributes:
+        bits: the width of each unit.
+        average_bits: over all weights of the units, codes only.
+        bits_per_weight: the same with scales and zero points.
+        size_bytes: what the weight files will have at most.
+        predicted: sum of the costs, in the method's own terms.
+        refined: what the swaps came to, where they were asked for.
+    """
+
+    bits: list[int]
+    average_bits: float
+    bits_per_weight: float
+    size_bytes: int
+    predicted: float
+    refined: Refined | None = None
+
+
+def allocate(probe: Probe, method: str, params: AllocateParams, dense_bytes: int) -> Allocation:
+    """Widths of least cost within the budget; dense_bytes: what is not in the units.
+
+    Raises `SelectionError` with the reachable range when no width meets the budget, before
+    anything is measured.
+    """
+    check_budget(params, probe.units, probe.widths, dense_bytes)
+    own = params.model_dump(exclude={*AllocateParams.model_fields})
+    return spend(METHODS[method].load()(probe, **own), probe, params, dense_bytes)
+
+
+def spend(costs: Costs, probe: Probe, params: AllocateParams, dense_bytes: int) -> Allocation:
+    """The widths that a budget within reach buys."""
+    units, refined = probe.units, None
+    weights = sum(unit.weights for unit in units)
+    sizes: list[Mapping[int, int]] = [unit.sizes for unit in units]
+    budget = (params.max_bytes or 0) - dense_bytes
+    if params.average_bits is not None:
+        sizes = [{bits: unit.weights * bits for bits in probe.widths} for unit in units]
+        budget = math.floor(params.average_bits * weights + 1e-6)
+    bits = greedy(sizes, costs, budget)
+    if params.refine:
+        model = MixedModel(probe, probe.tokens)
+        refined = refine(bits, sizes, costs, budget, loss=model.loss, evaluations=params.refine)
+        bits = refined.bits
+    packed = sum(unit.sizes[each] for unit, each in zip(units, bits, strict=True))
+    return Allocation(
+        bits=bits,
+        average_bits=sum(u.weights * each for u, each in zip(units, bits, strict=True)) / weights,
+        bits_per_weight=8 * packed / weights,
+        size_bytes=dense_bytes + packed,
+        predicted=math.fsum(cost[each] for cost, each in zip(costs, bits, strict=True)),
+        refined=refined,
+    )
+
+
+def check_budget(
+    params: AllocateParams, units: Sequence[Unit], widths: Sequence[int], dense_bytes: int
+) -> None:
+    """Raise `SelectionError` when no choice of widths meets the budget."""
+    low, high = min(widths), max(widths)
+    if params.average_bits is not None and not low <= params.average_bits <= high:
+        raise SelectionError(
+            f"average_bits {params.average_bits:g}: the widths {', '.join(map(str, widths))} reach "
+            f"{low} to {high}; give more of them with `widths`"
+        )
+    least = dense_bytes + sum(unit.sizes[low] for unit in units)
+    if params.max_bytes is not None and params.max_bytes < least:
+        most = dense_bytes + sum(unit.sizes[high] for unit in units)
+        raise SelectionError(
+            f"max_bytes {params.max_bytes:,}: {low} to {high} bits make files of {least:,} to "
+            f"{most:,} bytes, of which {dense_bytes:,} are not in the quantized linears"
+        )

@@ -1,0 +1,103 @@
+"""The rise in KL that rounding a unit causes, to second order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from compressor.allocate.errors import Costs, Probe, energy
+from compressor.backward import Tape, backward
+from compressor.moments import Gram
+from compressor.walk import Stream, walk
+
+
+def fisher(probe: Probe, *, seed: int) -> Costs:
+    """KL(model || quantized) ~ 1/2 sum_i r_i D_i H_s D_i^T with D = W - Q, nats per token.
+
+    Quantizing W (O, I) to Q moves the outputs of token t by D x_t. To second order that costs
+    1/2 mean_t sum_i g_ti^2 (D_i x_t)^2, g being the gradient, at the outputs, of the likelihood of
+    tokens drawn from the model's own predictions: the Fisher information, of which the diagonal
+    is taken (BRECQ, arXiv:2102.05426 section 3.2). One gram serves all outputs because
+    g_ti^2 ~ s_t r_i, with s_t = sum_i g_ti^2 and r_i = sum_t g_ti^2 / sum s (GuidedQuant,
+    arXiv:2505.07004 section 4, with one group of outputs): H_s = mean_t s_t x_t x_t^T. It keeps
+    what matters most: tokens with huge inputs often have no say. So one forward and one way back
+    serve every width of every unit.
+    """
+    decoder, tokens = probe.decoder, probe.tokens
+    tape = Tape(decoder, tokens, len(tokens))
+    for step in walk(Stream(decoder, tokens, probe.batch_size), "allocate"):
+        for rows, x_in, x_out in step.advance():
+            tape.record(step, rows, x_in, x_out)
+    costs: Costs = [{} for _ in probe.units]
+    for back in backward(tape, tape.seed(_drawn(seed)), "allocate", weights=False):
+        found = {place: _Curvature() for place in probe.of_block(back.index)}
+        with _seen(decoder.blocks.linears(back.index)) as (inputs, gradients):
+            for _ in back.retreat():
+                for place, curvature in found.items():
+                    names = probe.units[place].names
+                    g = torch.cat([gradients[name] for name in names], -1)
+                    curvature.add(inputs[names[0]], g)
+        for place, curvature in found.items():
+            for bits, off in probe.differences(probe.units[place], curvature.gram.mean):
+                costs[place][bits] = curvature.cost(off)
+    return costs
+
+
+class _Curvature:
+    """What the loss makes of a move of a unit's outputs, summed batch by batch."""
+
+    def __init__(self) -> None:
+        self._squares: Tensor | None = None
+
+    def add(self, x: Tensor, g: Tensor) -> None:
+        """Add the inputs x (..., I) and the gradients g (..., O) of some tokens."""
+        x, squares = x.flatten(0, -2).float(), g.flatten(0, -2).float().square()
+        if self._squares is None:
+            self.gram, self._weighted = Gram(x.shape[1], x.device), Gram(x.shape[1], x.device)
+            self._squares = squares.new_zeros(squares.shape[1], dtype=torch.float64)
+        self.gram.add(x)
+        self._weighted.add(x * squares.sum(1, keepdim=True).sqrt())
+        self._squares += squares.sum(0, dtype=torch.float64)
+
+    def cost(self, off: Tensor) -> float:
+        """1/2 sum_i r_i D_i H_s D_i^T of D (O, I)."""
+        assert self._squares is not None
+        shares = self._squares / self._squares.sum().clamp(min=1e-300)
+        return float(shares @ energy(off, self._weighted.mean)) / 2
+
+
+def _drawn(seed: int) -> Callable[[int, Tensor], Tensor]:
+    """Log-likelihood of tokens drawn from the predictions of one window, logits (T, V)."""
+
+    def objective(window: int, logits: Tensor) -> Tensor:
+        scores = logits.log_softmax(-1)
+        draw = torch.Generator(logits.device).manual_seed(seed + window)
+        drawn = torch.multinomial(scores.detach().exp(), 1, generator=draw)
+        return scores.gather(1, drawn).sum()
+
+    return objective
+
+
+@contextmanager
+def _seen(linears: dict[str, nn.Module]) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """What each linear reads and the gradient at what it makes, of the latest batch, by name."""
+    inputs: dict[str, Tensor] = {}
+    gradients: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        def watch(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            inputs[name] = args[0].detach()
+            # a copy: the last linear's is the walk's own gradient, which moves on in place
+            output.register_hook(lambda gradient: gradients.__setitem__(name, gradient.clone()))
+
+        return watch
+
+    handles = [linear.register_forward_hook(hook(name)) for name, linear in linears.items()]
+    try:
+        yield inputs, gradients
+    finally:
+        for handle in handles:
+            handle.remove()
