@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import copy
 import math
+import mmap
 import os
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,10 @@ from compressor.decoder import Decoder
 
 SPILL_BYTES = 4 * 2**30
 """Activations above this size are kept in a file, not in memory."""
+
+HUGE_BYTES = 32 * 2**20
+"""Activations from this size on ask for huge pages: first touching small ones costs more than
+the copy into them. Below, the allocator hands out memory that was touched before."""
 
 
 class Stream:
@@ -100,10 +106,17 @@ def walk(stream: Stream, label: str = "walk") -> Iterator[Step]:
 
 
 def storage(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """An uninitialised tensor in memory, or in an unlinked file above `SPILL_BYTES`."""
+    """A tensor of any content in memory, or in an unlinked file above `SPILL_BYTES`."""
     count = math.prod(shape)
-    if count * dtype.itemsize <= SPILL_BYTES:
+    if count * dtype.itemsize < HUGE_BYTES:
         return torch.empty(shape, dtype=dtype)
+    if count * dtype.itemsize <= SPILL_BYTES:
+        private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        memory = mmap.mmap(-1, count * dtype.itemsize, flags=private)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with suppress(OSError):  # a kernel built without them
+                memory.madvise(mmap.MADV_HUGEPAGE)
+        return torch.frombuffer(memory, dtype=dtype).view(shape)
     handle, path = tempfile.mkstemp(prefix="compress-", suffix=".activations")
     os.close(handle)
     try:

@@ -14,7 +14,7 @@ from compressor.errors import NotApplicable
 from compressor.inputs import inputs_of
 from compressor.records import Scores
 from compressor.score.collector import Collector, Watcher
-from compressor.score.pieces import pieces
+from compressor.score.pieces import count_above, pieces
 from compressor.walk import Step
 
 
@@ -112,7 +112,7 @@ class Owl(Collector):
         limit = self._multiple * mean(self._inputs.ratings(index))
         above = count = 0
         for ratings in self._inputs.ratings(index):
-            above += int((ratings > limit).sum())
+            above += count_above(ratings, limit)
             count += ratings.numel()
         self._saliency[index] = above / count
 
@@ -133,24 +133,28 @@ def mean(parts: Iterable[Tensor]) -> float:
 def median(parts: Callable[[], Iterable[Tensor]]) -> float:
     """The exact lower median of all elements of all parts, which are float32 and not negative.
 
-    Such numbers order as their bit patterns do. The first pass counts the elements by their upper
-    bits (exponent and five bits of mantissa, a bin of 3 %), the second keeps the few that share
-    the median's; nothing is sorted and no more than a part is held.
+    Such numbers order as their bit patterns do: one pass counts the patterns by their upper half,
+    the second those with the median's upper half by their lower one. Nothing is sorted and no
+    more than a part is held.
     """
-    size = 1 << (31 - _LOWER_BITS)
-    counts = torch.zeros(size, dtype=torch.long)
-    for part in parts():
-        counts += torch.bincount(_bits(part) >> _LOWER_BITS, minlength=size).cpu()
-    ends = counts.cumsum(0)
+    ends = _ends(parts, lambda bits: bits.bitwise_right_shift(_LOWER), 1 << (31 - _LOWER))
     rank = (int(ends[-1]) - 1) // 2
-    upper = int(torch.searchsorted(ends, rank, right=True))
-    near = torch.cat([b[b >> _LOWER_BITS == upper] for b in map(_bits, parts())])
-    found = near.kthvalue(rank - int(ends[upper] - counts[upper]) + 1).values
-    return float(found.view(torch.float32))
+    before = (int(torch.searchsorted(ends, rank, right=True)) << _LOWER) - 1
+    width = (1 << _LOWER) + 2  # the patterns of that upper half, all below and all above
+    ends = _ends(parts, lambda bits: bits.sub(before).clamp_(0, width - 1), width)
+    bits = before + torch.searchsorted(ends, rank, right=True)
+    return float(bits.int().view(torch.float32))
 
 
-_LOWER_BITS = 18
+_LOWER = 16
 
 
-def _bits(part: Tensor) -> Tensor:
-    return part.flatten().view(torch.int32)
+def _ends(
+    parts: Callable[[], Iterable[Tensor]], bin_of: Callable[[Tensor], Tensor], bins: int
+) -> Tensor:
+    """How many elements lie in each bin of their bit patterns or one before, (bins,) int64."""
+    counts = torch.zeros(bins, dtype=torch.long)
+    for part in parts():
+        bits = part.flatten().view(torch.int32)
+        counts += torch.bincount(bin_of(bits), minlength=bins).cpu()
+    return counts.cumsum(0)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from compressor.blocks import weight_of
 from compressor.decoder import Decoder
 from compressor.records import Scores
 from compressor.score.collector import Collector
-from compressor.score.pieces import pieces
+from compressor.score.pieces import count_above, pieces
 
 
 class ZScoreDistribution(Collector):
@@ -42,7 +41,7 @@ def far_share(weights: list[Tensor], *, two_sided: bool) -> float:
     count = sum(w.numel() for w in weights)
     mean = sum(float(w.float().sum()) for w in weights) / count
     std = (sum(float((w.float() - mean).square_().sum()) for w in weights) / count) ** 0.5
-    far = sum(int(torch.count_nonzero(w > mean + std)) for w in weights)
+    far = sum(count_above(w.float(), mean + std) for w in weights)
     if two_sided:
-        far += sum(int(torch.count_nonzero(w < mean - std)) for w in weights)
+        far += sum(count_above(-w.float(), std - mean) for w in weights)
     return far / count
