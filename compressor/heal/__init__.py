@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from compressor.methods import Method, Params
 
@@ -29,6 +29,42 @@ class QloraParams(LoraParams):
     """Parameters of QLoRA: LoRA over a base held in 4-bit NF4 with double quantization."""
 
 
+class TeacherParams(Params):
+    """What is kept of the parent's outputs; nothing else but parent and text decides the files."""
+
+    teacher_dtype: Literal["float16", "bfloat16", "float32"] = Field(
+        "float16", description="what the parent's outputs are stored in"
+    )
+    top_k: int | None = Field(
+        None, gt=0, description="likeliest tokens to tell apart, the rest as one; all when null"
+    )
+    hidden: tuple[int, ...] = Field(
+        (), description="the parent's blocks whose outputs are matched too"
+    )
+
+
+class DistillParams(LoraParams, TeacherParams):
+    """Parameters of distillation; the defaults are the loss of arXiv:2408.11796."""
+
+    tau: float = Field(1.0, gt=0, description="temperature of both distributions")
+    ce_weight: float = Field(0.0, ge=0, lt=1, description="share of the next-token loss")
+    hidden_weight: float | None = Field(
+        None, gt=0, description="of the hidden states' loss; null makes it as large as the logits'"
+    )
+    filters: Literal["identity", "linear"] = Field(
+        "identity", description="map the student's states by a matrix that is dropped at the end"
+    )
+    kept: tuple[int, ...] | None = Field(
+        None, description="the parent's index of every block, where it is not recognised"
+    )
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.top_k and self.tau != 1:
+            raise ValueError("top_k keeps the mass of the rest at tau 1 only; leave one of them out")
+        return self
+
+
 METHODS = {
     "qlora": Method(
         "compressor.heal.train:heal",
@@ -46,4 +82,22 @@ METHODS = {
         "about 3 forwards per window and pass",
         ("healing",),
     ),
+    "distill": Method(
+        "compressor.heal.distill:heal",
+        DistillParams,
+        "low-rank adapters that make the student predict what its parent does",
+        "arXiv:2408.11796 section 3 (logits), arXiv:2407.14679 section 3 (hidden states)",
+        "1 forward of the parent, once; about 3 forwards per window and pass",
+        ("healing", "teacher"),
+    ),
 }
+
+TEACHER = Method(
+    "compressor.teacher:cache",
+    TeacherParams,
+    "the parent's outputs over the healing windows, on disk",
+    "arXiv:2408.11796 section 3",
+    "1 forward of the parent",
+    ("healing",),
+)
+"""How the role `teacher` is made; a stage of its own, so that all students share its files."""
