@@ -16,6 +16,7 @@ from torch import Tensor
 from compressor.blocks import Blocks
 from compressor.checkpoint import write_json
 from compressor.decoder import Decoder, skeleton
+from compressor.heal import TrainingParams
 from compressor.model import load_tokenizer, materialise
 from compressor.quantize import GridParams
 from compressor.records import Scores, Selection
@@ -116,17 +117,22 @@ def prune(job: Job) -> dict[str, Any]:
 
 def heal(job: Job) -> dict[str, Any]:
     """Train what pruning damaged."""
+    from compressor.heal.healer import Healing
+
     _, params = job.method
+    assert isinstance(params, TrainingParams)
     tokens = _tokens(job, "healing")
-    result: dict[str, Any] = _method(job)(
-        job.inputs["checkpoint"],
-        job.out,
-        job.work,
-        tokens,
-        params,
+    assert tokens is not None
+    healing = Healing(
+        source=job.inputs["checkpoint"],
+        out=job.out,
+        work=job.work,
+        tokens=tokens,
+        params=params,
         seed=job.config.head.seed,
         device=job.device,
     )
+    result: dict[str, Any] = _method(job)(healing)
     return result
 
 

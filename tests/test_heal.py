@@ -21,8 +21,10 @@ from compressor.blocks import Blocks
 from compressor.checkpoint import Checkpoint
 from compressor.errors import HealingError
 from compressor.heal import LoraParams, QloraParams, train
+from compressor.heal.healer import Healing
+from compressor.heal.lora import adapter, heal, target_names
 from compressor.heal.merge import merge
-from compressor.heal.train import heal, target_names
+from compressor.heal.trainer import HealingTrainer
 from tests.tiny import FAMILIES, save_tiny, tiny, tokens
 
 WINDOWS = tokens(6, 16)
@@ -33,10 +35,22 @@ def run(
     folder: Path, params: LoraParams = PARAMS, name: str = "out"
 ) -> tuple[dict[str, Any], Path]:
     """Heal tmp/source into tmp/<name>."""
-    out = folder / name
-    out.mkdir()
-    work = folder / f"{name}-work"
-    return heal(folder / "source", out, work, WINDOWS, params, seed=0, device="cpu"), out
+    (folder / name).mkdir()
+    healing = task(folder, params, name)
+    return heal(healing), healing.out
+
+
+def task(folder: Path, params: LoraParams = PARAMS, name: str = "out") -> Healing:
+    """Healing of tmp/source into tmp/<name>."""
+    return Healing(
+        source=folder / "source",
+        out=folder / name,
+        work=folder / f"{name}-work",
+        tokens=WINDOWS,
+        params=params,
+        seed=0,
+        device="cpu",
+    )
 
 
 def digest(out: Path) -> str:
@@ -109,8 +123,8 @@ def test_targets_are_found_in_every_family(family: str) -> None:
 def test_qlora_trains_on_four_bits_and_merges_into_dense_weights(tmp_path: Path) -> None:
     save_tiny(tmp_path / "source", "llama", hidden_size=64, intermediate_size=64)
     params = QloraParams(**PARAMS.model_dump())
-    adapted = train._adapted(tmp_path / "source", params, "cpu")
-    inner = [m for n, m in adapted.named_modules() if n.endswith("up_proj.base_layer")]
+    model = adapter(task(tmp_path, params)).model
+    inner = [m for n, m in model.named_modules() if n.endswith("up_proj.base_layer")]
     assert len(inner) == 4
     assert all(isinstance(m, Linear4bit) and m.weight.quant_type == "nf4" for m in inner)
     assert all(m.weight.quant_state.nested for m in inner)
@@ -146,14 +160,14 @@ def interrupted(
     folder: Path, monkeypatch: pytest.MonkeyPatch, step: int, params: LoraParams = PARAMS
 ) -> Path:
     """Run until `step` and stop; returns the work folder."""
-    on_log = train._Report.on_log
+    log = HealingTrainer.log
 
-    def stopping(self: Any, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        on_log(self, args, state, control, **rest)
-        if state.global_step == step:
+    def stopping(self: Any, logs: Any, start_time: Any = None) -> None:
+        log(self, logs, start_time)
+        if self.state.global_step == step:
             raise Stop
 
-    monkeypatch.setattr(train._Report, "on_log", stopping)
+    monkeypatch.setattr(HealingTrainer, "log", stopping)
     with pytest.raises(Stop):
         run(folder, params, "cut")
     monkeypatch.undo()
@@ -178,16 +192,17 @@ def test_resumes_to_the_same_bits(
             state.write_text(text[: len(text) // 2])
         if damage == "no optimizer yet":
             (newest / "optimizer.pt").unlink()
-    starts: list[int] = []
-    begin = train._Report.on_train_begin
+    steps: list[int] = []
+    log = HealingTrainer.log
 
-    def watched(self: Any, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        starts.append(state.global_step)
-        begin(self, args, state, control, **rest)
+    def watched(self: Any, logs: Any, start_time: Any = None) -> None:
+        if "loss" in logs:
+            steps.append(self.state.global_step)
+        log(self, logs, start_time)
 
-    monkeypatch.setattr(train._Report, "on_train_begin", watched)
+    monkeypatch.setattr(HealingTrainer, "log", watched)
     _, again = run(tmp_path, name="cut")
-    assert starts == [6 if damage == "none" else 3]
+    assert steps[0] == (7 if damage == "none" else 4)
     assert digest(again) == digest(whole)
     assert (again / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
 

@@ -9,13 +9,9 @@ from pydantic import Field, model_validator
 from compressor.methods import Method, Params
 
 
-class LoraParams(Params):
-    """Parameters of LoRA; the defaults are the healing recipe of arXiv:2403.17887 appendix A.1."""
+class TrainingParams(Params):
+    """What every method that trains has in common."""
 
-    rank: int = Field(64, gt=0, description="rank of the adapters")
-    alpha: float | None = Field(None, description="scale numerator; the rank when not given")
-    dropout: float = Field(0.05, ge=0, lt=1, description="dropout before the adapters")
-    targets: Literal["ffn", "all"] = Field("ffn", description="linears that get an adapter")
     learning_rate: float = Field(3e-4, gt=0, description="peak, after warm-up; cosine to zero")
     warmup_steps: int = Field(100, ge=0, description="linear warm-up")
     steps: int = Field(5000, gt=0, description="optimizer steps")
@@ -23,6 +19,15 @@ class LoraParams(Params):
     micro_batch_size: int = Field(1, gt=0, description="windows that are in memory together")
     save_every: int = Field(50, gt=0, description="steps between resumable checkpoints")
     checkpointing: bool = Field(False, description="recompute activations to save memory")
+
+
+class LoraParams(TrainingParams):
+    """Parameters of LoRA; the defaults are the healing recipe of arXiv:2403.17887 appendix A.1."""
+
+    rank: int = Field(64, gt=0, description="rank of the adapters")
+    alpha: float | None = Field(None, description="scale numerator; the rank when not given")
+    dropout: float = Field(0.05, ge=0, lt=1, description="dropout before the adapters")
+    targets: Literal["ffn", "all"] = Field("ffn", description="linears that get an adapter")
 
 
 class QloraParams(LoraParams):
@@ -67,7 +72,7 @@ class DistillParams(LoraParams, TeacherParams):
 
 METHODS = {
     "qlora": Method(
-        "compressor.heal.train:heal",
+        "compressor.heal.lora:heal",
         QloraParams,
         "low-rank adapters over a 4-bit NF4 base, merged into the dense weights",
         "arXiv:2403.17887 appendix A.1; arXiv:2305.14314",
@@ -75,7 +80,7 @@ METHODS = {
         ("healing",),
     ),
     "lora": Method(
-        "compressor.heal.train:heal",
+        "compressor.heal.lora:heal",
         LoraParams,
         "low-rank adapters over the dense base, merged into it",
         "arXiv:2106.09685 section 4",
