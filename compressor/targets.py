@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,8 +14,12 @@ from torch import Tensor
 from torch.nn.functional import rms_norm
 
 from compressor.blocks import Blocks
+from compressor.checkpoint import Checkpoint
 from compressor.decoder import skeleton
 from compressor.dense import DenseReader
+from compressor.errors import CheckpointError
+from compressor.families import native_config
+from compressor.model import load_tokenizer
 from compressor.records import Record
 
 RECORD = "teacher.json"
@@ -26,6 +31,7 @@ class TeacherRecord(Record):
 
     Attributes:
         num_blocks, vocab_size, width: L, V and D of the parent.
+        tokenizer: sha256 of its vocabulary; None for a parent without one.
         fingerprints: per block of the parent, as `fingerprints` makes them.
         windows, length: N and T of the text.
         text: sha256 of its tokens.
@@ -38,6 +44,7 @@ class TeacherRecord(Record):
     num_blocks: int
     vocab_size: int
     width: int
+    tokenizer: str | None
     fingerprints: list[dict[str, str]]
     windows: int
     length: int
@@ -116,10 +123,10 @@ def normalised(x: Tensor) -> Tensor:
 
 
 def buckets(logits: Tensor, indices: Tensor | None) -> Tensor:
-    """Logits (..., V) as they are, or those at `indices` (..., k) and the rest as one, (..., k + 1).
+    """Logits (..., V) as they are, or those at `indices` (..., k) and the others as one behind.
 
-    The rest is logsumexp of all others, so that a softmax over the buckets gives each of the k its
-    probability and the last one what is left. Keeps the gradient.
+    That one is their logsumexp, so a softmax over the k + 1 gives each of the k its probability
+    and the last what is left. Keeps the gradient.
     """
     if indices is None:
         return logits
@@ -130,6 +137,34 @@ def buckets(logits: Tensor, indices: Tensor | None) -> Tensor:
 def text_digest(tokens: Tensor) -> str:
     """Sha256 of windows (N, T)."""
     return hashlib.sha256(tokens.contiguous().numpy().tobytes()).hexdigest()
+
+
+def vocabulary_digest(folder: Path) -> str | None:
+    """Sha256 of a tokenizer's words and their ids, None where there is no tokenizer."""
+    try:
+        vocabulary = load_tokenizer(folder).get_vocab()
+    except CheckpointError:
+        return None
+    return hashlib.sha256(json.dumps(vocabulary, sort_keys=True).encode()).hexdigest()
+
+
+def check_student(record: TeacherRecord, student: Path) -> None:
+    """Raise `CheckpointError` unless a parent of this record can teach `student`.
+
+    They must have the same vocabulary and tokenizer, and the parent no fewer blocks. The parent
+    may be quantized: its outputs are what its integers compute.
+    """
+    size = native_config(Checkpoint(student).config).get("vocab_size")
+    tokenizer, depth = vocabulary_digest(student), len(Blocks(skeleton(student)))
+    fault = None
+    if size != record.vocab_size:
+        fault = f"its vocabulary has {size} tokens, its parent's {record.vocab_size}"
+    elif None not in (tokenizer, record.tokenizer) and tokenizer != record.tokenizer:
+        fault = "its tokenizer is not its parent's"
+    elif depth > record.num_blocks:
+        fault = f"it has {depth} blocks, its parent only {record.num_blocks}"
+    if fault:
+        raise CheckpointError(f"{student}: {fault}; give the parent that it was cut from")
 
 
 def fingerprints(folder: Path) -> list[dict[str, str]]:

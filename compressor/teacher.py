@@ -16,20 +16,18 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from compressor.blocks import Blocks
-from compressor.checkpoint import Checkpoint
-from compressor.decoder import Decoder, skeleton
-from compressor.errors import ArtifactError, CheckpointError, SelectionError
-from compressor.families import native_config
-from compressor.model import load_tokenizer
+from compressor.decoder import Decoder
+from compressor.errors import ArtifactError, SelectionError
 from compressor.targets import (
     RECORD,
     Dtype,
     TeacherRecord,
     buckets,
+    check_student,
     fingerprints,
     normalised,
     text_digest,
+    vocabulary_digest,
 )
 from compressor.walk import Stream, storage, walk
 
@@ -51,18 +49,21 @@ def cache(
     teacher_dtype: Dtype,
     top_k: int | None,
     hidden: tuple[int, ...],
+    student: Path | None = None,
     device: str = "cpu",
     batch_size: int = 4,
 ) -> dict[str, Any]:
     """Write what `parent` says of windows (N, T) into `out`, as `compressor.targets` reads it.
 
     One walk per 65536 tokens; a file is written whole into `work` and linked into `out`, so a
-    killed run goes on behind its last file and ends in the same bits. Raises `SelectionError`
-    for blocks or a `top_k` beyond the parent's, and `ArtifactError` before any work when the disk
-    is too small.
+    killed run goes on behind its last file and ends in the same bits. Raises before the walk:
+    `SelectionError` for blocks or a `top_k` beyond the parent's, `CheckpointError` for a `student`
+    that is not its child, `ArtifactError` when the disk is too small.
     """
     decoder = Decoder(parent, device)
     record = _record(decoder, tokens, batch_size, (teacher_dtype, top_k, sorted(hidden)))
+    if student:
+        check_student(record, student)
     work.mkdir(parents=True, exist_ok=True)
     starts = range(0, len(tokens), record.per_shard)
     missing = [start for start in starts if not (work / record.shard(start)).exists()]
@@ -81,27 +82,6 @@ def cache(
     return {"windows": record.windows, "tokens": tokens.numel(), "bytes": forecast}
 
 
-def refuse_strangers(parent: Path, student: Path) -> None:
-    """Raise `CheckpointError` unless `student` can be distilled from `parent`.
-
-    Both must have the same vocabulary and tokenizer, and the parent no fewer blocks. The parent
-    may be quantized: its outputs are what its integers compute.
-    """
-    folders = (parent, student)
-    sizes = [native_config(Checkpoint(folder).config).get("vocab_size") for folder in folders]
-    vocabularies = [load_tokenizer(folder).get_vocab() for folder in folders]
-    depths = [len(Blocks(skeleton(folder))) for folder in folders]
-    fault = None
-    if sizes[0] != sizes[1]:
-        fault = f"its vocabulary has {sizes[0]} tokens, that of {student} {sizes[1]}"
-    elif vocabularies[0] != vocabularies[1]:
-        fault = f"its tokenizer is not that of {student}"
-    elif depths[0] < depths[1]:
-        fault = f"has {depths[0]} blocks, fewer than the {depths[1]} of {student}"
-    if fault:
-        raise CheckpointError(f"{parent}: {fault}; give the parent that the student was cut from")
-
-
 def _record(
     decoder: Decoder,
     tokens: Tensor,
@@ -115,6 +95,7 @@ def _record(
         num_blocks=depth,
         vocab_size=decoder.logits(x).shape[-1],
         width=x.shape[-1],
+        tokenizer=vocabulary_digest(folder),
         fingerprints=fingerprints(folder),
         windows=len(tokens),
         length=tokens.shape[1],

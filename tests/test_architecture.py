@@ -25,8 +25,8 @@ LAYERS = (
     {"fetch", "artifact", "records", "checkpoint", "moments", "layouts"},
     {"blocks", "dense"},
     {"decoder"},
-    {"walk", "model", "text", "sublayers", "magnitude", "targets"},
-    {"cut", "inputs"},
+    {"walk", "model", "text", "sublayers", "magnitude"},
+    {"cut", "inputs", "targets"},
     {"trial", "backward", "teacher"},
 )
 """Modules of the library from the ground up; a module imports from lower layers only."""

@@ -66,7 +66,7 @@ class DistillParams(LoraParams, TeacherParams):
     @model_validator(mode="after")
     def _possible(self) -> Self:
         if self.top_k and self.tau != 1:
-            raise ValueError("top_k keeps the mass of the rest at tau 1 only; leave one of them out")
+            raise ValueError("top_k keeps the mass of the rest for tau 1 only; leave one out")
         return self
 
 
@@ -91,7 +91,7 @@ METHODS = {
         "compressor.heal.distill:heal",
         DistillParams,
         "low-rank adapters that make the student predict what its parent does",
-        "arXiv:2408.11796 section 3 (logits), arXiv:2407.14679 section 3 (hidden states)",
+        "arXiv:2408.11796 section 2 (logits), arXiv:2407.14679 section 3 (hidden states)",
         "1 forward of the parent, once; about 3 forwards per window and pass",
         ("healing", "teacher"),
     ),
@@ -101,7 +101,7 @@ TEACHER = Method(
     "compressor.teacher:cache",
     TeacherParams,
     "the parent's outputs over the healing windows, on disk",
-    "arXiv:2408.11796 section 3",
+    "arXiv:2408.11796 section 2",
     "1 forward of the parent",
     ("healing",),
 )

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax, mse_loss
 from compressor.blocks import hidden
 from compressor.targets import Targets, buckets, normalised
 
-CHUNK_BYTES = 2**26
+CHUNK_BYTES = 2**24
 """Size of one of the temporaries that have an element per token and word of the vocabulary."""
 
 
@@ -51,19 +51,20 @@ def distribution_loss(
     logits (B, T, V) of the student, tokens (B, T). The divergence is over all B T positions; with
     top-k targets it is that of the k + 1 `buckets`, which is never above that of all tokens.
     """
-    labels = tokens.roll(-1, -1)
-    labels[:, -1] = -100  # nothing follows the last token
-    labels, predicted = labels.flatten(), labels.numel() - len(labels)
+    following = tokens.roll(-1, -1)
+    following[:, -1] = -100  # nothing follows the last token
+    labels = following.flatten()
+    predicted = labels.numel() - len(tokens)
     teacher = targets.logits.flatten(0, 1)
     indices = None if targets.indices is None else targets.indices.flatten(0, 1)
 
     def part(z: Tensor, rows: slice) -> Tensor:
-        seen = None if indices is None else indices[rows]
-        loss = (1 - ce_weight) * divergence(buckets(z, seen), teacher[rows], tau).sum() / len(labels)
-        if ce_weight:
-            entropy = cross_entropy(z, labels[rows], reduction="sum")
-            loss = loss + ce_weight * entropy / predicted
-        return loss
+        kept = buckets(z, None if indices is None else indices[rows])
+        apart = divergence(kept, teacher[rows], tau).sum() / len(labels)
+        if not ce_weight:
+            return apart
+        entropy = cross_entropy(z, labels[rows], reduction="sum") / predicted
+        return (1 - ce_weight) * apart + ce_weight * entropy
 
     return chunked(logits.flatten(0, 1), part)
 
@@ -108,8 +109,8 @@ def hidden_loss(
     """Mean over matched blocks of MSE(F x / rms(x), y / rms(y)), a scalar.
 
     x (B, T, D) is the student's stream behind a block, y the parent's behind the same one, F its
-    filter, where there is one (TED, arXiv:2210.01351 section 3.2). Both are taken behind a norm without
-    gains, as in arXiv:2407.14679 section 3, or the few tokens of huge norm would be the loss.
+    filter, where there is one (TED, arXiv:2210.01351 section 3). Both are taken behind a norm
+    without gains (arXiv:2407.14679 section 3), or the few tokens of huge norm would be the loss.
     """
     gaps = []
     for block, target in targets.hidden.items():

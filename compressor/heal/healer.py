@@ -34,6 +34,7 @@ class Healing:
         params: of the method.
         seed: of data order, dropout and schedules.
         device: `cpu` or `cuda`.
+        teacher: the folder of a parent's outputs over `tokens`, for methods that need one.
     """
 
     source: Path
@@ -43,6 +44,7 @@ class Healing:
     params: TrainingParams
     seed: int
     device: str
+    teacher: Path | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -60,12 +62,14 @@ class Healer:
         write: writes the checkpoint that these trained weights make into a folder.
         loss: what is minimised; next-token loss unless the method has its own.
         callbacks: of the method, told of every step.
+        beside: what trains along for the loss alone and is dropped at the end.
     """
 
     model: nn.Module
     write: Callable[[Weights, Path], None]
     loss: Loss | None = None
     callbacks: tuple[TrainerCallback, ...] = ()
+    beside: nn.Module | None = None
 
 
 def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:

@@ -47,6 +47,7 @@ def train(healing: Healing, method: Callable[[Healing], Healer]) -> dict[str, An
             train_dataset=Windows(tokens),
             callbacks=list(healer.callbacks),
             loss=healer.loss or next_token_loss,
+            beside=healer.beside,
             bar=bar,
         )
         trainer.remove_callback(PrinterCallback)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerControl
@@ -14,6 +16,7 @@ from compressor.errors import HealingError
 from compressor.heal.healer import Batch, Loss, Weights
 
 _KEPT = ("loss", "grad_norm", "learning_rate")
+_BESIDE = "beside"
 
 
 class Windows(Dataset[Batch]):
@@ -37,9 +40,14 @@ class HealingTrainer(Trainer):
     saved with every checkpoint, so what is derived from it resumes by itself.
     """
 
-    def __init__(self, *, loss: Loss, bar: progress.Task, **arguments: Any) -> None:
-        """Take the Trainer's own `arguments`."""
+    def __init__(
+        self, *, loss: Loss, bar: progress.Task, beside: nn.Module | None = None, **arguments: Any
+    ) -> None:
+        """Take the Trainer's own `arguments`; `beside` trains along with the model."""
+        if beside:
+            arguments["model"].add_module(_BESIDE, beside)
         super().__init__(**arguments)
+        self._beside = beside
         self._loss = loss
         self._bar, self._shown = bar, 0
         self._trained = [n for n, p in self._inner.named_parameters() if p.requires_grad]
@@ -54,6 +62,16 @@ class HealingTrainer(Trainer):
         """The parameters that train, by name."""
         parameters = dict(self._inner.named_parameters())
         return {name: parameters[name].detach() for name in self._trained}
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self._beside and output_dir:  # an adapter's file has no place for it
+            save_file(self._beside.state_dict(), Path(output_dir) / f"{_BESIDE}.safetensors")
+
+    def _load_from_checkpoint(self, folder: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(folder, model)
+        if self._beside:
+            self._beside.load_state_dict(load_file(Path(folder) / f"{_BESIDE}.safetensors"))
 
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, **_: Any
