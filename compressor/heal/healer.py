@@ -60,12 +60,14 @@ class Healer:
         write: writes the checkpoint that these trained weights make into a folder.
         loss: what is minimised; next-token loss unless the method has its own.
         callbacks: of the method, told of every step.
+        changing: whether the parameters that train change from step to step.
     """
 
     model: nn.Module
     write: Callable[[Weights, Path], None]
     loss: Loss | None = None
     callbacks: tuple[TrainerCallback, ...] = ()
+    changing: bool = False
 
 
 def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
