@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import shutil
 from pathlib import Path
@@ -17,7 +18,7 @@ from compressor import teacher
 from compressor.checkpoint import Checkpoint
 from compressor.errors import ArtifactError, CheckpointError, HealingError, SelectionError
 from compressor.heal import DistillParams, distillation
-from compressor.heal.distill import heal, recognise, student
+from compressor.heal.distill import recognise, student
 from compressor.heal.distillation import (
     chunked,
     distribution_loss,
@@ -25,17 +26,15 @@ from compressor.heal.distillation import (
     hidden_loss,
     outputs_of,
 )
-from compressor.heal.healer import Healing
-from compressor.heal.trainer import HealingTrainer
 from compressor.prune.blocks import prune
 from compressor.records import Selection
 from compressor.targets import Targets, Teacher, buckets, fingerprints, normalised
+from tests.healing import WINDOWS, digest, interrupted, run, task
 from tests.tiny import save_tiny, save_tokenizer, tokens
 
-WINDOWS = tokens(6, 16)
 PARAMS = DistillParams(
     rank=4, steps=8, warmup_steps=2, batch_size=2, save_every=3, learning_rate=1e-2,
-    teacher_dtype="float32",
+    teacher_dtype="float32", validation=0,
 )  # fmt: skip
 
 
@@ -345,28 +344,6 @@ def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
 # Training
 
 
-def run(
-    folder: Path, params: DistillParams = PARAMS, name: str = "out"
-) -> tuple[dict[str, Any], Path]:
-    """Distil folder/teacher into folder/source, as folder/<name>."""
-    out = folder / name
-    out.mkdir()
-    return heal(task(folder, params, name)), out
-
-
-def task(folder: Path, params: DistillParams, name: str = "out") -> Healing:
-    return Healing(
-        source=folder / "source",
-        out=folder / name,
-        work=folder / f"{name}-work",
-        tokens=WINDOWS,
-        params=params,
-        seed=0,
-        device="cpu",
-        teacher=folder / "teacher",
-    )
-
-
 def pruned(folder: Path, family: str = "llama", drop: tuple[int, ...] = (1, 2)) -> Any:
     """A parent and a student without some of its blocks."""
     model = save_tiny(folder / "parent", family)
@@ -399,14 +376,18 @@ def test_a_student_learns_what_its_parent_says(tmp_path: Path) -> None:
     assert report["last_loss"] < report["first_loss"]
 
 
-@pytest.mark.parametrize(("hidden", "filters"), [((), "identity"), ((1, 3), "linear")])
+@pytest.mark.parametrize(
+    ("train", "hidden", "filters"),
+    [("lora", (), "identity"), ("lora", (1, 3), "linear"), ("all", (1,), "identity")],
+)
 def test_nothing_pruned_is_nothing_changed(
-    hidden: tuple[int, ...], filters: str, tmp_path: Path
+    train: str, hidden: tuple[int, ...], filters: str, tmp_path: Path
 ) -> None:
     save_tiny(tmp_path / "parent", "llama")
     save_tiny(tmp_path / "source", "llama")
     cached(tmp_path, hidden=hidden)
-    report, out = run(tmp_path, PARAMS.model_copy(update={"hidden": hidden, "filters": filters}))
+    update = {"train": train, "hidden": hidden, "filters": filters}
+    report, out = run(tmp_path, PARAMS.model_copy(update=update))
     assert report["first_loss"] == report["last_loss"] == 0
     assert same(weights(out), weights(tmp_path / "source"))
 
@@ -461,21 +442,25 @@ def test_distillation_resumes_to_the_same_bits(
     cached(tmp_path, hidden=(0, 3))
     params = PARAMS.model_copy(update={"hidden": (0, 3), "filters": "linear"})
     _, whole = run(tmp_path, params)
-    log = HealingTrainer.log
-
-    def stopping(self: Any, logs: dict[str, float], start_time: float | None = None) -> None:
-        log(self, logs, start_time)
-        if self.state.global_step == 7:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(HealingTrainer, "log", stopping)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, params, "cut")
-    monkeypatch.undo()
-    shutil.rmtree(tmp_path / "cut")
+    interrupted(tmp_path, monkeypatch, 7, params)
     _, again = run(tmp_path, params, "cut")
-    assert same(weights(again), weights(whole))
+    assert digest(again) == digest(whole)
     assert (again / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("train", "untouched"),
+    [("all", {"embed_tokens"}), ("last_blocks", {"embed_tokens", "layers.0"})],
+)
+def test_weights_train_without_adapters(train: str, untouched: set[str], tmp_path: Path) -> None:
+    pruned(tmp_path)
+    cached(tmp_path)
+    params = PARAMS.model_copy(update={"train": train, "blocks": 1, "learning_rate": 1e-3})
+    report, out = run(tmp_path, params)
+    before, after = weights(tmp_path / "source"), weights(out)
+    still = {name for name in before if torch.equal(before[name], after[name])}
+    assert still == {n for n in before if n.removeprefix("model.").startswith(tuple(untouched))}
+    assert report["last_loss"] < report["first_loss"]
 
 
 def test_outputs_over_another_text_are_refused(tmp_path: Path) -> None:
@@ -483,7 +468,7 @@ def test_outputs_over_another_text_are_refused(tmp_path: Path) -> None:
     cached(tmp_path)
     made = task(tmp_path, PARAMS)
     with pytest.raises(HealingError, match="outputs over another text"):
-        student(Healing(**{**vars(made), "tokens": WINDOWS.flip(0)}))
+        student(dataclasses.replace(made, tokens=WINDOWS.flip(0)))
 
 
 # Which block is which

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,41 +18,12 @@ from transformers import AutoModelForCausalLM
 from compressor.blocks import Blocks
 from compressor.checkpoint import Checkpoint
 from compressor.errors import HealingError
-from compressor.heal import LoraParams, QloraParams, train
-from compressor.heal.healer import Healing
-from compressor.heal.lora import adapter, heal, target_names
+from compressor.heal import QloraParams, train
+from compressor.heal.lora import adapter, target_names
 from compressor.heal.merge import merge
 from compressor.heal.trainer import HealingTrainer
-from tests.tiny import FAMILIES, save_tiny, tiny, tokens
-
-WINDOWS = tokens(6, 16)
-PARAMS = LoraParams(rank=4, steps=8, warmup_steps=2, batch_size=2, save_every=3, learning_rate=1e-2)
-
-
-def run(
-    folder: Path, params: LoraParams = PARAMS, name: str = "out"
-) -> tuple[dict[str, Any], Path]:
-    """Heal tmp/source into tmp/<name>."""
-    (folder / name).mkdir()
-    healing = task(folder, params, name)
-    return heal(healing), healing.out
-
-
-def task(folder: Path, params: LoraParams = PARAMS, name: str = "out") -> Healing:
-    """Healing of tmp/source into tmp/<name>."""
-    return Healing(
-        source=folder / "source",
-        out=folder / name,
-        work=folder / f"{name}-work",
-        tokens=WINDOWS,
-        params=params,
-        seed=0,
-        device="cpu",
-    )
-
-
-def digest(out: Path) -> str:
-    return hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest()
+from tests.healing import PARAMS, WINDOWS, digest, interrupted, run, task
+from tests.tiny import FAMILIES, save_tiny, tiny
 
 
 def test_it_learns_what_it_is_shown(tmp_path: Path) -> None:
@@ -150,29 +119,6 @@ def test_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
     _, out = run(tmp_path)
     with pytest.raises(HealingError, match=r"no tensor model\.layers\.3\.mlp\.\w+\.weight for"):
         merge(tmp_path / "shallower", out / "adapter", tmp_path / "merged")
-
-
-class Stop(Exception):
-    """Stands in for the end of the process."""
-
-
-def interrupted(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, step: int, params: LoraParams = PARAMS
-) -> Path:
-    """Run until `step` and stop; returns the work folder."""
-    log = HealingTrainer.log
-
-    def stopping(self: Any, logs: Any, start_time: Any = None) -> None:
-        log(self, logs, start_time)
-        if self.state.global_step == step:
-            raise Stop
-
-    monkeypatch.setattr(HealingTrainer, "log", stopping)
-    with pytest.raises(Stop):
-        run(folder, params, "cut")
-    monkeypatch.undo()
-    shutil.rmtree(folder / "cut")
-    return folder / "cut-work"
 
 
 @pytest.mark.parametrize("damage", ["none", "no state", "half a state", "no optimizer yet"])

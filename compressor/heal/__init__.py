@@ -19,6 +19,20 @@ class TrainingParams(Params):
     micro_batch_size: int = Field(1, gt=0, description="windows that are in memory together")
     save_every: int = Field(50, gt=0, description="steps between resumable checkpoints")
     checkpointing: bool = Field(False, description="recompute activations to save memory")
+    max_seconds: float | None = Field(
+        None, gt=0, description="stop after so long; the result then depends on the machine"
+    )
+    validation: float = Field(
+        0.05, ge=0, lt=1, description="share of the windows held out, at most 64; 0 for none"
+    )
+    evaluate_every: int = Field(100, gt=0, description="steps between held-out losses")
+    patience: int = Field(0, ge=0, description="stop after so many without a lower one; 0: never")
+    divergence_window: int = Field(
+        50, ge=0, description="give up when the loss rises for so many steps; 0: never"
+    )
+    skip_below: float = Field(
+        0, ge=0, description="no backward below this share of the running loss; 0: never"
+    )
 
 
 class LoraParams(TrainingParams):
@@ -32,6 +46,23 @@ class LoraParams(TrainingParams):
 
 class QloraParams(LoraParams):
     """Parameters of QLoRA: LoRA over a base held in 4-bit NF4 with double quantization."""
+
+
+class LisaParams(TrainingParams):
+    """Parameters of LISA; the defaults are those of arXiv:2403.17919."""
+
+    learning_rate: float = Field(2e-5, gt=0, description="peak, after warm-up; cosine to zero")
+    blocks: int = Field(2, gt=0, description="blocks that train together")
+    every: int = Field(20, gt=0, description="steps for which they do")
+
+
+class LastBlocksParams(TrainingParams):
+    """Parameters of tuning a few blocks in full."""
+
+    learning_rate: float = Field(2e-5, gt=0, description="peak, after warm-up; cosine to zero")
+    blocks: int = Field(3, gt=0, description="how many; with around_cut, on either side")
+    around_cut: bool = Field(False, description="those beside removed blocks, not the last")
+    head: bool = Field(True, description="the final norm and the head train too")
 
 
 class TeacherParams(Params):
@@ -51,6 +82,10 @@ class TeacherParams(Params):
 class DistillParams(LoraParams, TeacherParams):
     """Parameters of distillation; the defaults are the loss of arXiv:2408.11796."""
 
+    train: Literal["lora", "last_blocks", "all"] = Field(
+        "lora", description="adapters, the last blocks in full, or all of them; with norm and head"
+    )
+    blocks: int = Field(3, gt=0, description="how many are the last")
     tau: float = Field(1.0, gt=0, description="temperature of both distributions")
     ce_weight: float = Field(0.0, ge=0, lt=1, description="share of the next-token loss")
     hidden_weight: float | None = Field(
@@ -78,6 +113,7 @@ METHODS = {
         "arXiv:2403.17887 appendix A.1; arXiv:2305.14314",
         "about 3 forwards per window and pass",
         ("healing",),
+        version=2,
     ),
     "lora": Method(
         "compressor.heal.lora:heal",
@@ -86,11 +122,28 @@ METHODS = {
         "arXiv:2106.09685 section 4",
         "about 3 forwards per window and pass",
         ("healing",),
+        version=2,
+    ),
+    "lisa": Method(
+        "compressor.heal.lisa:heal",
+        LisaParams,
+        "full updates of a few random blocks at a time, and of embeddings, norm and head",
+        "arXiv:2403.17919 algorithm 1",
+        "2 to 3 forwards per window and pass",
+        ("healing",),
+    ),
+    "last_blocks": Method(
+        "compressor.heal.last_blocks:heal",
+        LastBlocksParams,
+        "full updates of the last blocks, or those around the cut, and of norm and head",
+        "arXiv:2411.15558 section 4",
+        "1 to 3 forwards per window and pass",
+        ("healing",),
     ),
     "distill": Method(
         "compressor.heal.distill:heal",
         DistillParams,
-        "low-rank adapters that make the student predict what its parent does",
+        "adapters or weights trained to predict what the model before pruning does",
         "arXiv:2408.11796 section 2 (logits), arXiv:2407.14679 section 3 (hidden states)",
         "1 forward of the parent, once; about 3 forwards per window and pass",
         ("healing", "teacher"),

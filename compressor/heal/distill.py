@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from compressor.blocks import Blocks
+from compressor.decoder import skeleton
 from compressor.errors import HealingError
-from compressor.heal import DistillParams
+from compressor.heal import DistillParams, LastBlocksParams, TrainingParams
 from compressor.heal.distillation import distribution_loss, hidden_loss, outputs_of
 from compressor.heal.healer import Batch, Healer, Healing
+from compressor.heal.last_blocks import thawed
 from compressor.heal.lora import adapter
 from compressor.heal.train import train
 from compressor.targets import (
@@ -50,14 +52,24 @@ def student(healing: Healing) -> Healer:
             f"{healing.teacher}: the parent's outputs over another text; make them over this one"
         )
     places = _places(healing.source, teacher.record, params.kept)
-    healer = adapter(healing)
-    blocks = Blocks(healer.model.get_base_model())  # type: ignore[operator]
-    matched = {original: blocks.layers[place] for original, place in places.items()}
+    healer = _trained(healing, params)
+    layers = Blocks(healer.model).layers
+    matched = {original: layers[place] for original, place in places.items()}
     filters = nn.ModuleDict()
     if params.filters == "linear":
         filters.update({str(block): _identity(teacher.record.width) for block in matched})
     loss = Distillation(teacher, params, matched, filters)
     return dataclasses.replace(healer, loss=loss, beside=filters.to(healing.device))
+
+
+def _trained(healing: Healing, params: DistillParams) -> Healer:
+    """What trains, and how it is written."""
+    if params.train == "lora":
+        return adapter(healing)
+    depth = len(Blocks(skeleton(healing.source)))
+    blocks = depth if params.train == "all" else params.blocks
+    own = params.model_dump(include={*TrainingParams.model_fields})
+    return thawed(dataclasses.replace(healing, params=LastBlocksParams(**own, blocks=blocks)))
 
 
 class Distillation:

@@ -63,6 +63,7 @@ class Healer:
         loss: what is minimised; next-token loss unless the method has its own.
         callbacks: of the method, told of every step.
         beside: what trains along for the loss alone and is dropped at the end.
+        changing: whether the parameters that train change from step to step.
     """
 
     model: nn.Module
@@ -70,6 +71,7 @@ class Healer:
     loss: Loss | None = None
     callbacks: tuple[TrainerCallback, ...] = ()
     beside: nn.Module | None = None
+    changing: bool = False
 
 
 def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:

@@ -10,64 +10,128 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, TrainerState, TrainingArguments
+from transformers import PrinterCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from compressor import progress
 from compressor.checkpoint import Checkpoint
 from compressor.errors import HealingError
+from compressor.heal import TrainingParams, history
 from compressor.heal.healer import Healer, Healing, next_token_loss
 from compressor.heal.trainer import HealingTrainer, Windows
+from compressor.heal.write import rewrite
 
 log = logging.getLogger(__name__)
 METRICS = "metrics.jsonl"
 _MANY_PASSES = 8
+_MOST_HELD_OUT = 64
 
 
 def train(healing: Healing, method: Callable[[Healing], Healer]) -> dict[str, Any]:
     """Minimise the loss of what `method` builds over the windows, and write the result.
 
+    The last `validation` of the windows are held out. Their loss is measured before the first
+    step, every `evaluate_every` steps and after the last, and the weights of the lowest are
+    the result: those of `source`, bit by bit, when no step has a lower loss than they.
+
     Writes the healed checkpoint and `metrics.jsonl` into `healing.out`. Optimizer, schedule,
     random state and data position are saved in `healing.work`; when it holds a whole
     checkpoint training goes on from there and ends in the same bits (same thread count).
-    Raises `HealingError` when the loss or its gradient is no longer finite.
+    Raises `HealingError` when the loss or its gradient is no longer finite, or the loss keeps
+    rising; the best weights are then in `healing.work`.
     """
-    _check(healing)
     params, tokens = healing.params, healing.tokens
+    held = _held_out(params, len(tokens))
+    _check(healing, len(tokens) - held)
     torch.manual_seed(healing.seed)
     healer = method(healing)
-    model: Any = healer.model
     if params.checkpointing:
+        model: Any = healer.model
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
     with progress.task("heal", params.steps) as bar:
         trainer = HealingTrainer(
-            model=model,
-            args=_arguments(healing),
-            train_dataset=Windows(tokens),
+            model=healer.model,
+            args=_arguments(healing, changing=healer.changing),
+            train_dataset=Windows(tokens, range(len(tokens) - held)),
+            eval_dataset=Windows(tokens, range(len(tokens) - held, len(tokens))) if held else None,
             callbacks=list(healer.callbacks),
             loss=healer.loss or next_token_loss,
             beside=healer.beside,
+            settings=params,
             bar=bar,
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.train(resume_from_checkpoint=_whole_checkpoint(healing.work))
-    _save_metrics(trainer.state, healing.out / METRICS)
-    healer.write(trainer.weights(), healing.out)
-    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+        try:
+            trainer.train(resume_from_checkpoint=_whole_checkpoint(healing.work))
+            trainer.judge()
+        except HealingError as error:
+            raise HealingError(f"{error}{_kept(trainer, healer, healing)}") from error
+    _save_metrics(trainer.rows, healing.out / METRICS)
+    _write(trainer, healer, healing)
+    return _report(trainer, len(tokens) - held, tokens.shape[1])
+
+
+def _held_out(params: TrainingParams, windows: int) -> int:
+    """How many windows are held out."""
+    if not params.validation:
+        return 0
+    if windows == 1:
+        raise HealingError("one window cannot be split; give more, or heal.validation: 0")
+    return min(max(1, round(params.validation * windows)), _MOST_HELD_OUT, windows - 1)
+
+
+def _write(trainer: HealingTrainer, healer: Healer, healing: Healing) -> None:
+    """Write the weights of the best evaluation; without any, the last."""
+    evaluated = history.held_out(trainer.rows)
+    step = history.best(trainer.rows)[0] if evaluated else trainer.state.global_step
+    if step == trainer.state.global_step:
+        healer.write(trainer.weights(), healing.out)
+    elif step:
+        healer.write(trainer.best_weights(), healing.out)
+    else:
+        log.warning(
+            "heal: no evaluation found a lower held-out loss than that before healing, %.4f; "
+            "the result is the unhealed checkpoint. Lower heal.learning_rate, or give more text",
+            evaluated[0][1],
+        )
+        rewrite(healing.source, healing.out, {})
+
+
+def _kept(trainer: HealingTrainer, healer: Healer, healing: Healing) -> str:
+    """Where the best weights of a lost training are, having been put there."""
+    evaluated = history.held_out(trainer.rows)
+    if not evaluated:
+        return ""
+    step, loss = history.best(trainer.rows)
+    if not step:
+        return "; nothing so far was better than the unhealed checkpoint"
+    folder = healing.work / f"best-{step}"
+    healer.write(trainer.best_weights(), folder)
+    return f"; the best so far, of step {step} (held-out loss {loss:.4f}), is in {folder}"
+
+
+def _report(trainer: HealingTrainer, windows: int, length: int) -> dict[str, Any]:
+    losses = [row["loss"] for row in trainer.rows if "loss" in row]
     seen = trainer.state.num_input_tokens_seen
-    return {
+    report: dict[str, Any] = {
         "steps": trainer.state.global_step,
+        "stopped": trainer.stopped,
         "tokens": seen,
-        "passes": seen / tokens.numel(),
+        "passes": seen / (windows * length),
         "first_loss": losses[0],
         "last_loss": losses[-1],
         "trainable": sum(weight.numel() for weight in trainer.weights().values()),
     }
+    if skipped := sum(row.get("skipped", 0) for row in trainer.rows):
+        report["skipped"] = skipped
+    if evaluated := history.held_out(trainer.rows):
+        step, loss = history.best(trainer.rows)
+        report["held_out"] = {"before": evaluated[0][1], "after": loss, "step": step}
+    return report
 
 
-def _check(healing: Healing) -> None:
-    source, params, tokens = healing.source, healing.params, healing.tokens
+def _check(healing: Healing, windows: int) -> None:
+    source, params = healing.source, healing.params
     if Checkpoint(source).quantized:
         raise HealingError(f"{source}: already quantized; heal the dense checkpoint, then quantize")
     if params.batch_size % params.micro_batch_size:
@@ -75,25 +139,27 @@ def _check(healing: Healing) -> None:
             f"batch_size {params.batch_size} is not a multiple of micro_batch_size "
             f"{params.micro_batch_size}"
         )
-    passes = params.steps * params.batch_size / len(tokens)
+    passes = params.steps * params.batch_size / windows
     if passes > _MANY_PASSES:
         log.warning(
             "heal: %d steps of %d windows go %.0f times over %d windows, which learns them by "
             "heart: give more text.healing.windows, or fewer heal.steps",
-            params.steps, params.batch_size, passes, len(tokens),
+            params.steps, params.batch_size, passes, windows,
         )  # fmt: skip
 
 
-def _arguments(healing: Healing) -> TrainingArguments:
+def _arguments(healing: Healing, *, changing: bool) -> TrainingArguments:
     params = healing.params
     return TrainingArguments(
         output_dir=str(healing.work),
         max_steps=params.steps,
         per_device_train_batch_size=params.micro_batch_size,
+        per_device_eval_batch_size=params.micro_batch_size,
+        eval_strategy="steps" if params.validation else "no",
+        eval_steps=params.evaluate_every,
+        eval_on_start=bool(params.validation),
         gradient_accumulation_steps=params.batch_size // params.micro_batch_size,
         learning_rate=params.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=params.warmup_steps,
         save_steps=params.save_every,
         save_total_limit=2,
         logging_steps=1,
@@ -104,6 +170,7 @@ def _arguments(healing: Healing) -> TrainingArguments:
         seed=healing.seed,
         data_seed=healing.seed,
         use_cpu=healing.device == "cpu",
+        ddp_find_unused_parameters=changing,
         bf16=healing.dtype == torch.bfloat16,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
@@ -124,6 +191,6 @@ def _whole_checkpoint(work: Path) -> str | None:
     return None
 
 
-def _save_metrics(state: TrainerState, path: Path) -> None:
-    lines = [json.dumps(row, sort_keys=True) for row in state.log_history]
+def _save_metrics(rows: list[dict[str, Any]], path: Path) -> None:
+    lines = [json.dumps(row, sort_keys=True) for row in rows]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
