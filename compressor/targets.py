@@ -74,7 +74,7 @@ class TeacherRecord(Record):
 
 @dataclass(frozen=True)
 class Targets:
-    """What the parent says of some windows, in float32.
+    """What the parent says of some windows, in the dtype that it is stored in.
 
     Attributes:
         logits: (B, T, V) less their maximum, or `buckets` of them at the k highest.
@@ -100,9 +100,9 @@ class Teacher:
         """What the parent says of the windows at `rows` of its text."""
         hidden = self.record.hidden
         return Targets(
-            self._read("logits", rows).to(device).float(),
+            self._read("logits", rows).to(device),
             self._read("indices", rows).to(device).long() if self.record.top_k else None,
-            {block: self._read(f"hidden.{block}", rows).to(device).float() for block in hidden},
+            {block: self._read(f"hidden.{block}", rows).to(device) for block in hidden},
         )
 
     def _read(self, name: str, rows: list[int]) -> Tensor:
@@ -113,7 +113,7 @@ class Teacher:
         start = row - row % self.record.per_shard
         if start not in self._open:
             path = self.folder / self.record.shard(start)
-            self._open[start] = safe_open(path, framework="pt").__enter__()
+            self._open[start] = safe_open(path, framework="pt")
         return self._open[start]
 
 

@@ -5,7 +5,6 @@ A student is trained against these files, so the parent is never in memory besid
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -31,7 +30,6 @@ from compressor.targets import (
 )
 from compressor.walk import Stream, storage, walk
 
-log = logging.getLogger(__name__)
 SHARD_BYTES = 2**28
 """A file holds this much, or one batch of windows where that is more."""
 WALK_TOKENS = 2**16
@@ -73,7 +71,8 @@ def cache(
     for i in range(0, len(missing), together):
         group = missing[i : i + together]
         windows = torch.cat([tokens[start : start + record.per_shard] for start in group])
-        files = _files(Stream(decoder, windows, batch_size), record)
+        stream = Stream(decoder, windows, batch_size)
+        files = _files(stream, record, f"teacher ({_size(forecast)} on disk)")
         for start, tensors in zip(group, files, strict=True):
             _write(tensors, work / record.shard(start))
     for start in starts:
@@ -118,10 +117,10 @@ def _record(
     return record.model_copy(update={"per_shard": batches * batch_size})
 
 
-def _files(stream: Stream, record: TeacherRecord) -> Iterator[dict[str, Tensor]]:
+def _files(stream: Stream, record: TeacherRecord, label: str) -> Iterator[dict[str, Tensor]]:
     """The tensors of one file after the other, from one walk over all of their windows."""
     hidden = {block: storage(tuple(stream.x.shape), record.dtype) for block in record.hidden}
-    for step in walk(stream, "teacher"):
+    for step in walk(stream, label):
         if step.index in hidden:
             for rows, _, x in step.advance():
                 hidden[step.index][rows] = normalised(x).to(record.dtype)
@@ -167,7 +166,6 @@ def _link(path: Path, to: Path) -> None:
 
 def _check_disk(folder: Path, forecast: int, missing: float) -> None:
     free = shutil.disk_usage(folder).free
-    log.info("teacher: %s on disk, %s free", _size(forecast), _size(free))
     if missing * forecast > free:
         raise ArtifactError(
             f"{folder}: the parent's outputs take {_size(missing * forecast)}, but only "

@@ -519,6 +519,14 @@ def test_impossible_pairs_are_refused(kept: tuple[int, ...], message: str, tmp_p
         student(task(tmp_path, PARAMS.model_copy(update={"hidden": (2,), "kept": kept})))
 
 
+def test_states_of_another_width_are_refused(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "parent", "llama")
+    save_tiny(tmp_path / "source", "llama", hidden_size=64)
+    cached(tmp_path, hidden=(2,))
+    with pytest.raises(HealingError, match="64 channels, its parent 32"):
+        student(task(tmp_path, PARAMS.model_copy(update={"hidden": (2,), "kept": (0, 1, 2, 3)})))
+
+
 def test_outputs_are_seen_while_asked_for_only() -> None:
     block = nn.Linear(3, 3)
     with outputs_of({5: block}) as seen:

@@ -1,4 +1,4 @@
-"""Distillation: adapters that make a pruned model predict what its parent does."""
+"""Distillation: a pruned model learns to predict what its parent does."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig
 
 from compressor.blocks import Blocks
 from compressor.decoder import skeleton
@@ -19,29 +20,24 @@ from compressor.heal.healer import Batch, Healer, Healing
 from compressor.heal.last_blocks import thawed
 from compressor.heal.lora import adapter
 from compressor.heal.train import train
-from compressor.targets import (
-    Teacher,
-    TeacherRecord,
-    check_student,
-    fingerprints,
-    text_digest,
-)
+from compressor.targets import Teacher, TeacherRecord, check_student, fingerprints, text_digest
 
 _TINY = 1e-12
 
 
 def heal(healing: Healing) -> dict[str, Any]:
-    """Minimise KL(parent || student) over the parent's stored outputs, by adapters.
+    """Minimise KL(parent || student) over the parent's outputs in `healing.teacher`.
 
-    The outputs are in `healing.teacher` (`compressor.teacher`); the adapters are those of `lora`
-    and are merged like them. Raises `HealingError` for outputs over another text or vocabulary,
-    for a student deeper than the parent, and for blocks to match that it has not; else as `train`.
+    What trains are adapters, as `lora` has them, or blocks, as `last_blocks` has them, and it is
+    written as there. Raises `CheckpointError` for a model that is not the parent's child,
+    `HealingError` for outputs over another text and for blocks to match that the student has not,
+    and what `train` raises (Minitron, arXiv:2408.11796 section 2).
     """
     return train(healing, student)
 
 
 def student(healing: Healing) -> Healer:
-    """The model with fresh adapters, to be trained by `Distillation`."""
+    """The model to train, with `Distillation` for a loss and the filters beside it."""
     params = healing.params
     assert isinstance(params, DistillParams)
     assert healing.teacher is not None
@@ -132,6 +128,11 @@ def _places(source: Path, record: TeacherRecord, kept: tuple[int, ...] | None) -
     """Where in the student each of the parent's blocks to match is."""
     if not record.hidden:
         return {}
+    width = AutoConfig.from_pretrained(source).hidden_size
+    if width != record.width:
+        raise HealingError(
+            f"{source}: {width} channels, its parent {record.width}; match no heal.hidden states"
+        )
     own = fingerprints(source)
     known = list(kept) if kept is not None else recognise(own, record.fingerprints)
     if len(known) != len(own):

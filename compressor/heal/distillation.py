@@ -60,7 +60,7 @@ def distribution_loss(
 
     def part(z: Tensor, rows: slice) -> Tensor:
         kept = buckets(z, None if indices is None else indices[rows])
-        apart = divergence(kept, teacher[rows], tau).sum() / len(labels)
+        apart = divergence(kept, teacher[rows].float(), tau).sum() / len(labels)
         if not ce_weight:
             return apart
         entropy = cross_entropy(z, labels[rows], reduction="sum") / predicted
@@ -115,7 +115,7 @@ def hidden_loss(
     gaps = []
     for block, target in targets.hidden.items():
         x = normalised(states[block])
-        gaps.append(mse_loss(filters[block](x) if block in filters else x, target))
+        gaps.append(mse_loss(filters[block](x) if block in filters else x, target.float()))
     return torch.stack(gaps).mean()
 
 
