@@ -52,7 +52,7 @@ class TeacherRecord(Record):
     per_shard: int
     teacher_dtype: Dtype
     top_k: int | None
-    hidden: list[int]
+    hidden: tuple[int, ...]
 
     @property
     def dtype(self) -> torch.dtype:

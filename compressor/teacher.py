@@ -59,7 +59,7 @@ def cache(
     that is not its child, `ArtifactError` when the disk is too small.
     """
     decoder = Decoder(parent, device)
-    record = _record(decoder, tokens, batch_size, (teacher_dtype, top_k, sorted(hidden)))
+    record = _record(decoder, tokens, batch_size, (teacher_dtype, top_k, hidden))
     if student:
         check_student(record, student)
     work.mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ def _record(
     decoder: Decoder,
     tokens: Tensor,
     batch_size: int,
-    own: tuple[Dtype, int | None, list[int]],
+    own: tuple[Dtype, int | None, tuple[int, ...]],
 ) -> TeacherRecord:
     folder, depth = decoder.reader.checkpoint.folder, len(decoder.blocks)
     teacher_dtype, top_k, hidden = own

@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy, softmax
 from transformers import AutoModelForCausalLM
 
 from compressor import teacher
+from compressor.blocks import Blocks
 from compressor.checkpoint import Checkpoint
 from compressor.errors import ArtifactError, CheckpointError, HealingError, SelectionError
 from compressor.heal import DistillParams, distillation
@@ -27,6 +28,9 @@ from compressor.heal.distillation import (
     outputs_of,
 )
 from compressor.prune.blocks import prune
+from compressor.prune.driver import prune as remove
+from compressor.quantize import RtnParams
+from compressor.quantize.driver import quantize
 from compressor.records import Selection
 from compressor.targets import Targets, Teacher, buckets, fingerprints, normalised
 from tests.healing import WINDOWS, digest, interrupted, run, task
@@ -216,7 +220,7 @@ def cached(folder: Path, **own: Any) -> tuple[dict[str, Any], Path]:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "opt"])
 def test_the_outputs_are_the_models_own(family: str, tmp_path: Path) -> None:
     model = save_tiny(tmp_path / "parent", family)
-    _, out = cached(tmp_path, hidden=(2, 0))
+    _, out = cached(tmp_path, hidden=(0, 2))
     with torch.no_grad():
         expected = model(WINDOWS, output_hidden_states=True)
     found = Teacher(out).targets([4, 0, 5])
@@ -535,3 +539,29 @@ def test_outputs_are_seen_while_asked_for_only() -> None:
     block(torch.zeros(1, 3))
     assert seen[5] is y
     assert not math.isnan(y.sum().item())
+
+
+def test_a_student_without_some_sublayers(tmp_path: Path) -> None:
+    """Its model type is ours; what is left of a block is known again."""
+    save_tiny(tmp_path / "parent", "llama")
+    gone = Selection(num_blocks=4, drop_blocks=[2], drop_attention=[1], drop_ffn=[3])
+    remove(tmp_path / "parent", gone, tmp_path / "source", flavour="auto")
+    cached(tmp_path, hidden=(1, 3), student=tmp_path / "source")
+    made = student(task(tmp_path, PARAMS.model_copy(update={"hidden": (1, 3)})))
+    layers = Blocks(made.model).layers
+    loss: Any = made.loss
+    assert loss._matched == {1: layers[1], 3: layers[2]}
+    assert loss(made.model, {"input_ids": WINDOWS[:2], "index": torch.tensor([0, 1])}) > 0
+
+
+def test_a_quantized_parent_teaches_what_it_computes(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "whole", "llama")
+    (tmp_path / "parent").mkdir()
+    quantize(tmp_path / "whole", tmp_path / "parent", None, "rtn", RtnParams(group_size=16))
+    _, out = cached(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "parent")
+    with torch.no_grad():
+        z = model(WINDOWS).logits
+    expected = z - z.amax(-1, keepdim=True)
+    found = Teacher(out).targets(list(range(6))).logits
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)

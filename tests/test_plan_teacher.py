@@ -46,6 +46,8 @@ def test_its_key_is_that_of_parent_text_and_its_own_parameters() -> None:
     key = one(stages(distill()), "teacher").key
     other = [{"select": {"method": "fixed", "blocks": [2]}}, "prune"]
     assert one(stages(distill(tau=2.0, rank=3), first=other), "teacher").key == key
+    either = [one(stages(distill(hidden=blocks)), "teacher").key for blocks in ([1, 2], [2, 1, 1])]
+    assert either[0] == either[1]
     for own in ({"top_k": 8}, {"teacher_dtype": "bfloat16"}, {"hidden": [1]}):
         assert one(stages(distill(**own)), "teacher").key != key
     assert one(stages(distill(), seed=1), "teacher").key != key

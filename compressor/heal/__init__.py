@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from compressor.methods import Method, Params
 
@@ -74,8 +74,8 @@ class TeacherParams(Params):
     top_k: int | None = Field(
         None, gt=0, description="likeliest tokens to tell apart, the rest as one; all when null"
     )
-    hidden: tuple[int, ...] = Field(
-        (), description="the parent's blocks whose outputs are matched too"
+    hidden: Annotated[tuple[int, ...], AfterValidator(lambda blocks: tuple(sorted({*blocks})))] = (
+        Field((), description="the parent's blocks whose outputs are matched too")
     )
 
 
