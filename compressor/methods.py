@@ -27,7 +27,8 @@ class Method:
         source: paper and section, or where it comes from.
         cost: what it takes, in forward passes or in words.
         needs: the roles it reads beside the checkpoint: a text (`calibration`, `healing`,
-            `evaluation`), `selection`, or `parent`, the model that the last prune cut.
+            `evaluation`), `selection`, `parent`, the model that the last prune cut, or `teacher`,
+            the outputs over the healing text of the model that the first prune cut.
         version: rises whenever its numbers change, so that caches are not trusted.
     """
 

@@ -42,6 +42,7 @@ class Head(Source):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     batch_size: int = Field(4, gt=0, description="windows that go through the model together")
     model: ModelSource
+    parent: ModelSource | None = None
     text: TextConfig = TextConfig()
     evaluate: EvaluateParams = EvaluateParams()
 

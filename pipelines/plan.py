@@ -9,6 +9,7 @@ from typing import Any
 
 from compressor.artifact import key_of
 from compressor.errors import ConfigError
+from compressor.heal import TEACHER, TeacherParams
 from compressor.methods import Params
 from compressor.sources import TextSource
 from pipelines.config import RunConfig, StageConfig, methods
@@ -29,6 +30,7 @@ _REMEDIES = {
     "scores": "put a score stage before it",
     "selection": "put a select stage before it",
     "parent": "put a prune stage before it",
+    "teacher": "put a prune stage and text.healing before it, or give --parent and --text",
 }
 
 
@@ -42,6 +44,7 @@ class Stage:
         method: the method's name; several scores are joined by `+`.
         params: everything that decides the output beside the inputs, as JSON values.
         inputs: role -> the stage that makes it.
+        beside: as `inputs`, but only looked at to refuse: what it is does not decide the output.
         methods: method -> its parameters, as the function takes them.
         version: sum of the methods' versions, so it rises whenever one does.
     """
@@ -53,6 +56,7 @@ class Stage:
     inputs: Mapping[str, Stage] = field(default_factory=dict)
     methods: Mapping[str, Params] = field(default_factory=dict)
     version: int = 1
+    beside: Mapping[str, Stage] = field(default_factory=dict)
 
     @cached_property
     def key(self) -> str:
@@ -77,6 +81,8 @@ def plan(config: RunConfig, fingerprints: Mapping[str, str]) -> list[Stage]:
     planner.add_evaluation("original")
     for stage in config.stages:
         planner.add_stage(stage)
+    if config.head.parent and all(stage.verb != "teacher" for stage in planner.done):
+        raise ConfigError("parent: no stage reads it; `heal: {method: distill}` would")
     return planner.done
 
 
@@ -123,6 +129,10 @@ class _Planner:
         params = {"fingerprint": self.pins["model"], "dtype": self.head.model.dtype}
         model = self._add(Stage("model", "model", "import", params))
         self.latest = {"checkpoint": model, "original": model}
+        parent = self.head.parent
+        if parent:
+            params = {"fingerprint": self.pins["parent"], "dtype": parent.dtype}
+            self.latest["unpruned"] = self._add(Stage("model", "parent", "import", params))
 
     def add_text(self, role: str) -> None:
         source = text_source(self.config, role)
@@ -137,7 +147,8 @@ class _Planner:
             "fingerprint": self.pins[role],
             "columns": source.model_dump(mode="json", include={"name", "split", "field", "chat"}),
         }
-        inputs = {"tokenizer": self.latest["original"]}
+        # A parent's own, so that all models cut from it have the same windows.
+        inputs = {"tokenizer": self.latest.get("unpruned", self.latest["original"])}
         inputs |= {earlier: self.latest[earlier] for earlier in ROLES if earlier in self.latest}
         self.latest[role] = self._add(Stage("text", f"text {role}", "windows", params, inputs))
 
@@ -167,15 +178,17 @@ class _Planner:
             params["seed"] = self.head.seed
         if asked.verb == "export":  # the graph is timed with the same settings
             params["evaluate"] = self.head.evaluate.model_dump(mode="json")
-        before = sum(stage.verb == asked.verb for stage in self.done)
-        label = label or (f"{asked.verb} {before + 1}" if before else asked.verb)
+        roles = {role for row in table.values() for role in row.needs}
+        if "teacher" in roles and {"unpruned", "healing"} <= self.latest.keys():
+            self.latest["teacher"] = self._teacher(next(iter(asked.methods.values())))
+        label = label or self._label(asked.verb)
         stage = self._add(
             Stage(
                 verb=asked.verb,
                 label=label,
                 method="+".join(sorted(asked.methods)),
                 params=params,
-                inputs=self._inputs(asked.verb, {r for row in table.values() for r in row.needs}),
+                inputs=self._inputs(asked.verb, roles),
                 methods=asked.methods,
                 version=sum(row.version for row in table.values()),
             )
@@ -183,6 +196,7 @@ class _Planner:
         if asked.verb in CHECKPOINTS:
             if asked.verb == "prune":
                 self.latest["parent"] = self.latest["checkpoint"]
+                self.latest.setdefault("unpruned", self.latest["checkpoint"])
             self.latest["checkpoint"] = stage
             for role in _MAKES.values():
                 self.latest.pop(role, None)
@@ -190,6 +204,26 @@ class _Planner:
         elif asked.verb in _MAKES:
             self.latest[_MAKES[asked.verb]] = stage
         return stage
+
+    def _teacher(self, params: Params) -> Stage:
+        """The stage that stores the parent's outputs; one for all that ask for the same."""
+        own = TeacherParams.model_validate(params.model_dump(include={*TeacherParams.model_fields}))
+        stage = Stage(
+            verb="teacher",
+            label=self._label("teacher"),
+            method="outputs",
+            params=own.model_dump(mode="json"),
+            inputs={"parent": self.latest["unpruned"], "healing": self.latest["healing"]},
+            methods={"outputs": own},
+            version=TEACHER.version,
+            beside={"student": self.latest["checkpoint"]},
+        )
+        known = (each for each in self.done if each.key == stage.key)
+        return next(known, None) or self._add(stage)
+
+    def _label(self, verb: str) -> str:
+        before = sum(stage.verb == verb for stage in self.done)
+        return f"{verb} {before + 1}" if before else verb
 
     def _inputs(self, verb: str, roles: set[str]) -> dict[str, Stage]:
         inputs = {"checkpoint": self.latest["checkpoint"]}

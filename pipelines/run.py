@@ -75,6 +75,8 @@ def make_plan(config: RunConfig) -> list[Stage]:
 def pin(config: RunConfig) -> dict[str, str]:
     """What pins the model and each text role by content."""
     pins = {"model": fingerprint_model(config.head.model)}
+    if config.head.parent:
+        pins["parent"] = fingerprint_model(config.head.parent)
     for role in ROLES:
         source = text_source(config, role)
         if source:
@@ -151,7 +153,8 @@ def _build(stage: Stage, config: RunConfig, store: Store) -> None:
     reset_peak()
     began = time.monotonic()
     with store.draft(stage.verb, stage.key) as draft:
-        inputs = {r: store.folder(s.verb, s.key) for r, s in stage.inputs.items()}
+        read = {**stage.inputs, **stage.beside}
+        inputs = {role: store.folder(s.verb, s.key) for role, s in read.items()}
         work = store.work(stage.verb, stage.key)
         try:
             function: Callable[[Job], dict[str, Any]] = getattr(stages, stage.verb)

@@ -17,6 +17,7 @@ from compressor.allocate import AllocateParams
 from compressor.blocks import Blocks
 from compressor.checkpoint import write_json
 from compressor.decoder import Decoder, skeleton
+from compressor.heal import TEACHER, TrainingParams
 from compressor.model import load_tokenizer, materialise
 from compressor.quantize import GridParams
 from compressor.records import BitPlan, Scores, Selection
@@ -32,7 +33,10 @@ WINDOWS, TEXT = "windows.safetensors", "text.json"
 
 def model(job: Job) -> dict[str, Any]:
     """Import the source as a Hugging Face folder."""
-    return materialise(job.config.head.model, job.out)
+    head = job.config.head
+    source = head.parent if job.stage.label == "parent" else head.model
+    assert source is not None
+    return materialise(source, job.out)
 
 
 def text(job: Job) -> dict[str, Any]:
@@ -115,19 +119,40 @@ def prune(job: Job) -> dict[str, Any]:
     return _dropped(selection)
 
 
-def heal(job: Job) -> dict[str, Any]:
-    """Train what pruning damaged."""
-    _, params = job.method
-    tokens = _tokens(job, "healing")
-    result: dict[str, Any] = _method(job)(
-        job.inputs["checkpoint"],
+def teacher(job: Job) -> dict[str, Any]:
+    """Store what the parent says of the healing windows."""
+    cache: Callable[..., dict[str, Any]] = TEACHER.load()
+    return cache(
+        job.inputs["parent"],
         job.out,
         job.work,
-        tokens,
-        params,
+        _tokens(job, "healing"),
+        student=job.inputs["student"],
+        device=job.device,
+        batch_size=job.config.head.batch_size,
+        **dict(job.method[1]),
+    )
+
+
+def heal(job: Job) -> dict[str, Any]:
+    """Train what pruning damaged."""
+    from compressor.heal.healer import Healing
+
+    _, params = job.method
+    assert isinstance(params, TrainingParams)
+    tokens = _tokens(job, "healing")
+    assert tokens is not None
+    healing = Healing(
+        source=job.inputs["checkpoint"],
+        out=job.out,
+        work=job.work,
+        tokens=tokens,
+        params=params,
         seed=job.config.head.seed,
         device=job.device,
+        teacher=job.inputs.get("teacher"),
     )
+    result: dict[str, Any] = _method(job)(healing)
     return result
 
 

@@ -165,13 +165,15 @@ def prune(selection: Path | None = None, **params: Any) -> dict[str, Any]:
 
 
 @alone("heal", "healing")
-def heal(**params: Any) -> dict[str, Any]:
+@click.option("--parent", help="The model that MODEL was cut from, for --method distill.")
+def heal(parent: str | None = None, **params: Any) -> dict[str, Any]:
     """Train MODEL on TEXT with low-rank adapters and merge them; resumes after a crash.
 
     \b
     compress heal shallower --text corpus.jsonl --field text --windows 256 -o healed
+    compress heal shallower --method distill --parent MODEL --text corpus.txt -o healed
     """
-    return {"stages": [{"heal": params}]}
+    return {"stages": [{"heal": params}]} | ({"parent": model_source(parent)} if parent else {})
 
 
 @alone("export", None)

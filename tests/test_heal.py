@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,27 +18,12 @@ from transformers import AutoModelForCausalLM
 from compressor.blocks import Blocks
 from compressor.checkpoint import Checkpoint
 from compressor.errors import HealingError
-from compressor.heal import LoraParams, QloraParams, train
+from compressor.heal import QloraParams, train
+from compressor.heal.lora import adapter, target_names
 from compressor.heal.merge import merge
-from compressor.heal.train import heal, target_names
-from tests.tiny import FAMILIES, save_tiny, tiny, tokens
-
-WINDOWS = tokens(6, 16)
-PARAMS = LoraParams(rank=4, steps=8, warmup_steps=2, batch_size=2, save_every=3, learning_rate=1e-2)
-
-
-def run(
-    folder: Path, params: LoraParams = PARAMS, name: str = "out"
-) -> tuple[dict[str, Any], Path]:
-    """Heal tmp/source into tmp/<name>."""
-    out = folder / name
-    out.mkdir()
-    work = folder / f"{name}-work"
-    return heal(folder / "source", out, work, WINDOWS, params, seed=0, device="cpu"), out
-
-
-def digest(out: Path) -> str:
-    return hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest()
+from compressor.heal.trainer import HealingTrainer
+from tests.healing import PARAMS, WINDOWS, digest, interrupted, run, task
+from tests.tiny import FAMILIES, save_tiny, tiny
 
 
 def test_it_learns_what_it_is_shown(tmp_path: Path) -> None:
@@ -109,8 +92,8 @@ def test_targets_are_found_in_every_family(family: str) -> None:
 def test_qlora_trains_on_four_bits_and_merges_into_dense_weights(tmp_path: Path) -> None:
     save_tiny(tmp_path / "source", "llama", hidden_size=64, intermediate_size=64)
     params = QloraParams(**PARAMS.model_dump())
-    adapted = train._adapted(tmp_path / "source", params, "cpu")
-    inner = [m for n, m in adapted.named_modules() if n.endswith("up_proj.base_layer")]
+    model = adapter(task(tmp_path, params)).model
+    inner = [m for n, m in model.named_modules() if n.endswith("up_proj.base_layer")]
     assert len(inner) == 4
     assert all(isinstance(m, Linear4bit) and m.weight.quant_type == "nf4" for m in inner)
     assert all(m.weight.quant_state.nested for m in inner)
@@ -138,29 +121,6 @@ def test_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
         merge(tmp_path / "shallower", out / "adapter", tmp_path / "merged")
 
 
-class Stop(Exception):
-    """Stands in for the end of the process."""
-
-
-def interrupted(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, step: int, params: LoraParams = PARAMS
-) -> Path:
-    """Run until `step` and stop; returns the work folder."""
-    on_log = train._Report.on_log
-
-    def stopping(self: Any, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        on_log(self, args, state, control, **rest)
-        if state.global_step == step:
-            raise Stop
-
-    monkeypatch.setattr(train._Report, "on_log", stopping)
-    with pytest.raises(Stop):
-        run(folder, params, "cut")
-    monkeypatch.undo()
-    shutil.rmtree(folder / "cut")
-    return folder / "cut-work"
-
-
 @pytest.mark.parametrize("damage", ["none", "no state", "half a state", "no optimizer yet"])
 def test_resumes_to_the_same_bits(
     damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -178,16 +138,17 @@ def test_resumes_to_the_same_bits(
             state.write_text(text[: len(text) // 2])
         if damage == "no optimizer yet":
             (newest / "optimizer.pt").unlink()
-    starts: list[int] = []
-    begin = train._Report.on_train_begin
+    steps: list[int] = []
+    log = HealingTrainer.log
 
-    def watched(self: Any, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        starts.append(state.global_step)
-        begin(self, args, state, control, **rest)
+    def watched(self: Any, logs: Any, start_time: Any = None) -> None:
+        if "loss" in logs:
+            steps.append(self.state.global_step)
+        log(self, logs, start_time)
 
-    monkeypatch.setattr(train._Report, "on_train_begin", watched)
+    monkeypatch.setattr(HealingTrainer, "log", watched)
     _, again = run(tmp_path, name="cut")
-    assert starts == [6 if damage == "none" else 3]
+    assert steps[0] == (7 if damage == "none" else 4)
     assert digest(again) == digest(whole)
     assert (again / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from compressor import progress
-from compressor.checkpoint import Checkpoint, CheckpointWriter, read_json
+from compressor.checkpoint import read_json
+from compressor.dense import DenseReader
 from compressor.errors import HealingError
+from compressor.heal.write import rewrite
 
 _PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 
@@ -24,33 +26,25 @@ def merge(source: Path, adapter: Path, out: Path) -> None:
     """
     config = read_json(adapter / "adapter_config.json")
     weights = load_file(adapter / "adapter_model.safetensors")
-    scale = config["lora_alpha"] / config["r"]
-    checkpoint = Checkpoint(source)
-    adapted = _adapted(weights, checkpoint)
-    with CheckpointWriter(out) as writer:
-        for name in progress.track(checkpoint.names, "merge", len(checkpoint.names)):
-            tensor = checkpoint.tensor(name)
-            if name in adapted:
-                a, b = weights[adapted[name] + _A], weights[adapted[name] + _B]
-                delta = b.float() @ a.float()
-                delta = (delta.T if config["fan_in_fan_out"] else delta) * scale
-                merged = (tensor.float() + delta).to(tensor.dtype)
-                tensor = torch.where(delta == 0, tensor, merged)
-            writer.add(name, tensor)
-        writer.finish(checkpoint.config, checkpoint.side_files)
-
-
-def _adapted(weights: dict[str, Tensor], checkpoint: Checkpoint) -> dict[str, str]:
-    """Adapter's path by the name on disk, which may lack the model's first component."""
-    on_disk, found = set(checkpoint.names), {}
+    reader = DenseReader(source)
+    scale, transposed = config["lora_alpha"] / config["r"], config["fan_in_fan_out"]
+    changes = {}
     for path in (name.removesuffix(_A) for name in weights if name.endswith(_A)):
         module = path.removeprefix(_PREFIX)
-        names = (f"{module}.weight", f"{module.partition('.')[2]}.weight")
-        name = next((n for n in names if n in on_disk), None)
+        name = reader.locate(f"{module}.weight")
         if name is None:
             raise HealingError(
-                f"{checkpoint.folder}: no tensor {names[0]} for the adapter of {module}; "
+                f"{source}: no tensor {module}.weight for the adapter of {module}; "
                 "merge into the checkpoint that the adapter was trained on"
             )
-        found[name] = path
-    return found
+        changes[name] = _plus(weights[path + _A], weights[path + _B], scale, transposed)
+    rewrite(source, out, changes)
+
+
+def _plus(a: Tensor, b: Tensor, scale: float, transposed: bool) -> Callable[[Tensor], Tensor]:
+    def merged(weight: Tensor) -> Tensor:
+        delta = b.float() @ a.float()
+        delta = (delta.T if transposed else delta) * scale
+        return torch.where(delta == 0, weight, (weight.float() + delta).to(weight.dtype))
+
+    return merged

@@ -1,0 +1,107 @@
+"""Full fine-tuning of a few blocks: the last ones, or those around the cut."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from compressor.blocks import Blocks
+from compressor.errors import HealingError, NotApplicable
+from compressor.heal import LastBlocksParams
+from compressor.heal.healer import Healer, Healing
+from compressor.heal.train import train
+from compressor.heal.write import replace
+
+
+def heal(healing: Healing) -> dict[str, Any]:
+    """Train the last `blocks` blocks, the final norm and the head; all else is frozen.
+
+    With `around_cut` the blocks are the `blocks` before and after every place where the last
+    prune took some out. Tied embeddings train as the head alone: nothing flows back to what
+    they embed, so no gradient is computed below the lowest block that trains. Raises
+    `HealingError` like `train`, and `NotApplicable` when where the cut was is not known
+    (Reassessing Layer Pruning in LLMs, arXiv:2411.15558 section 4).
+    """
+    return train(healing, thawed)
+
+
+def thawed(healing: Healing) -> Healer:
+    """The whole model in float32, frozen but for the asked parts."""
+    params = healing.params
+    assert isinstance(params, LastBlocksParams)
+    model = AutoModelForCausalLM.from_pretrained(
+        healing.source, dtype="float32", device_map={"": healing.device}
+    )
+    thaw(model, chosen(params, len(Blocks(model)), healing.source), head=params.head)
+    return Healer(model, lambda weights, folder: replace(model, weights, healing.source, folder))
+
+
+def chosen(params: LastBlocksParams, num_blocks: int, source: Path) -> list[int]:
+    """The blocks that train."""
+    if params.around_cut:
+        return around(removed(source), num_blocks, params.blocks)
+    if params.blocks > num_blocks:
+        raise HealingError(
+            f"heal.blocks {params.blocks}: {source} has {num_blocks} blocks; ask for fewer"
+        )
+    return list(range(num_blocks - params.blocks, num_blocks))
+
+
+def around(gone: list[int], num_blocks: int, reach: int) -> list[int]:
+    """The `reach` blocks on both sides of every cut, in the numbering of what is left.
+
+    `gone` are the removed blocks in the numbering of the parent; that of what follows a cut is
+    the number of blocks kept before it.
+    """
+    cuts = {index - len([g for g in gone if g < index]) for index in gone}
+    near = {i for cut in cuts for i in range(cut - reach, cut + reach)}
+    return sorted(i for i in near if 0 <= i < num_blocks)
+
+
+def removed(source: Path) -> list[int]:
+    """The blocks that made `source`, as its manifest says; raises `NotApplicable` without."""
+    try:
+        gone = json.loads((source / "manifest.json").read_text())["metrics"]["drop_blocks"]
+    except (OSError, ValueError, KeyError):
+        gone = []
+    if not gone:
+        raise NotApplicable(
+            f"{source}: no manifest.json names blocks that were removed, so where the cut was is "
+            "not known; heal right after prune, or without around_cut"
+        )
+    return list(gone)
+
+
+def thaw(model: nn.Module, indices: Iterable[int], *, head: bool) -> None:
+    """Freeze all but these blocks and, with `head`, the final norm and the head."""
+    blocks = Blocks(model)
+    model.requires_grad_(False)
+    for index in indices:
+        blocks.layers[index].requires_grad_(True)
+    if not head:
+        return
+    for module in behind(model, blocks):
+        module.requires_grad_(True)
+    embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+    embedding.register_forward_hook(_stop)
+
+
+def behind(model: nn.Module, blocks: Blocks) -> list[nn.Module]:
+    """The final norm and the head."""
+    decoder: nn.Module = model.get_decoder()  # type: ignore[operator]
+    norms = [
+        child
+        for name, child in decoder.named_children()
+        if child is not blocks.layers and "norm" in f"{name} {type(child).__name__}".lower()
+        and "embed" not in name
+    ]  # fmt: skip
+    return [*norms, model.get_output_embeddings()]  # type: ignore[operator]
+
+
+def _stop(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    return output.detach()
