@@ -156,11 +156,12 @@ def export(job: Job) -> dict[str, Any]:
         job.inputs["checkpoint"], job.out, params, _tokens(job, "evaluation")
     )
     if timing.speed and "onnx" in result:
-        from compressor.export.session import measure
+        from compressor.runtimes import Target
+        from compressor.runtimes.measure import measure
 
         os.sync()  # or writing back the files just made would be timed too
         result["onnx"]["speed"] = measure(
-            job.out / "onnx",
+            Target(job.out / "onnx", "onnxruntime"),
             device=job.device,
             prompt_tokens=timing.prompt_tokens,
             new_tokens=timing.new_tokens,
@@ -173,7 +174,8 @@ def evaluate(job: Job) -> dict[str, Any]:
     """Quality, bytes and, where asked for, speed of a checkpoint."""
     from compressor.evaluate.quality import Reference
     from compressor.evaluate.quality import evaluate as measure_quality
-    from compressor.evaluate.speed import measure
+    from compressor.runtimes import Target
+    from compressor.runtimes.measure import measure
 
     reference = None
     if "reference" in job.inputs:
@@ -192,7 +194,7 @@ def evaluate(job: Job) -> dict[str, Any]:
     timing = job.config.head.evaluate
     if timing.speed:
         metrics["speed"] = measure(
-            job.inputs["checkpoint"],
+            Target(job.inputs["checkpoint"], "torch"),
             device=job.device,
             prompt_tokens=timing.prompt_tokens,
             new_tokens=timing.new_tokens,

@@ -12,7 +12,7 @@ import pytest
 from compressor.export import ExportParams
 from compressor.export import onnx as onnx_export
 from compressor.export.genai import GENAI
-from compressor.export.session import Session
+from compressor.runtimes.session import Session
 from tests.tiny import save_tiny, save_tokenizer
 
 

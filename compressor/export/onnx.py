@@ -27,9 +27,9 @@ from compressor.export.parity import (
     reference,
 )
 from compressor.export.probe import first_difference, probed
-from compressor.export.session import Session
 from compressor.families import native_config
 from compressor.layouts import Packed
+from compressor.runtimes.session import Session
 
 
 def export(
