@@ -15,7 +15,8 @@ from typing import Any
 from compressor import progress
 from compressor.errors import InferenceError
 from compressor.runtimes import Target
-from compressor.runtimes.measure import rates, spread
+from compressor.runtimes.base import Facts
+from compressor.runtimes.measure import check_room, rates, spread
 from compressor.runtimes.roofline import bandwidth, weight_bytes
 
 FORMAT = 1
@@ -57,9 +58,12 @@ def bench(cases: Sequence[Case], settings: Settings, measure: Measure | None = N
     """Measure every case with every thread count, `repeats` times, all in turns.
 
     Turns spread whatever else the machine does over all cases alike. Memory's bandwidth is
-    measured in every turn too; the best one counts. Raises `InferenceError` naming the case.
+    measured in every turn too; the best one counts. Raises `InferenceError` where a round does not
+    fit into a context, before anything runs, and where a process breaks off.
     """
     measure = measure or in_fresh_process
+    for case in cases:
+        check_room(Facts.of(case.target.folder), settings.prompt_tokens + settings.new_tokens)
     weights = {case: weight_bytes(case.target) for case in cases}
     found: dict[tuple[Case, int], list[Answer]] = {}
     speeds: dict[int, list[float]] = {}

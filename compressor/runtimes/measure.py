@@ -21,7 +21,7 @@ import numpy as np
 from compressor.errors import CompressError, InferenceError
 from compressor.memory import peak
 from compressor.runtimes import Target
-from compressor.runtimes.base import Runtime
+from compressor.runtimes.base import Facts, Runtime
 from compressor.runtimes.energy import joules
 
 _WARM_STEPS = 4
@@ -57,17 +57,21 @@ def rates(tokens: int, seconds: Sequence[float]) -> dict[str, float]:
     return spread([tokens / each for each in seconds])
 
 
+def check_room(facts: Facts, tokens: int) -> None:
+    """Raise `InferenceError` when a round of this many tokens does not fit into the context."""
+    if facts.context and tokens > facts.context:
+        raise InferenceError(
+            f"a round of {tokens} tokens does not fit into the model's context of "
+            f"{facts.context}; ask for a shorter prompt or fewer new tokens"
+        )
+
+
 def time_rounds(runtime: Runtime, *, prompt_tokens: int, new_tokens: int, repeats: int) -> Rounds:
     """Time `repeats` rounds on a fixed random prompt, greedy, after the first request warmed up.
 
     Raises `InferenceError` when prompt and generation do not fit into the context.
     """
-    limit, total = runtime.facts.context, prompt_tokens + new_tokens
-    if limit and total > limit:
-        raise InferenceError(
-            f"a prompt of {prompt_tokens} tokens and {new_tokens} new ones do not fit into the "
-            f"model's context of {limit}; ask for fewer"
-        )
+    check_room(runtime.facts, prompt_tokens + new_tokens)
     prompt = np.random.default_rng(0).integers(runtime.facts.vocabulary, size=prompt_tokens)
     rounds = Rounds(prompt_tokens, new_tokens)
     rounds.first, _, _ = _round(runtime, prompt.tolist(), min(_WARM_STEPS, new_tokens))
