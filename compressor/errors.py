@@ -11,6 +11,7 @@ CompressError
 ├── QuantizationError        a grid, group size or calibration that cannot work
 ├── HealingError             training that diverged or cannot start
 ├── ExportError              a graph that cannot be built, or differs from the model
+├── InferenceError           a folder that no runtime runs, or a prompt that does not fit
 ├── ArtifactError            a stored result that is damaged or in use
 └── MissingDependency        an optional package; the message holds the command
 
@@ -70,6 +71,10 @@ class ExportError(CompressError):
 
 class NotEmitted(ExportError):
     """A model whose ONNX nodes are not emitted from its weights; it may still be traced."""
+
+
+class InferenceError(CompressError):
+    """A runtime cannot run a folder, or the model cannot read a prompt."""
 
 
 class ArtifactError(CompressError):

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from compressor.artifact import Manifest, Store
 from compressor.errors import ArtifactError, ConfigError, did_you_mean
 from compressor.fetch import fingerprint_model, fingerprint_text
+from compressor.memory import peak, reset_peak
 from compressor.methods import Params
 from pipelines.config import RunConfig
 from pipelines.plan import ROLES, Stage, plan, text_source
@@ -240,27 +241,6 @@ def _record(config: RunConfig, stages: list[Stage], store: Store) -> dict[str, A
     draft.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     os.replace(draft, path)
     return record
-
-
-def reset_peak() -> None:
-    """Start measuring peak memory anew, where the system allows it (Linux)."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
-
-
-def peak() -> int:
-    """Peak resident bytes of this process since `reset_peak`."""
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _versions(packages: Iterable[str]) -> dict[str, str]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from compressor.allocate import AllocateParams
@@ -18,54 +17,16 @@ from compressor.blocks import Blocks
 from compressor.checkpoint import write_json
 from compressor.decoder import Decoder, skeleton
 from compressor.heal import TEACHER, TrainingParams
-from compressor.model import load_tokenizer, materialise
 from compressor.quantize import GridParams
 from compressor.records import BitPlan, Scores, Selection
-from compressor.text import windows
 from compressor.trial import Trial
 from pipelines.config import methods
-from pipelines.plan import ROLES, text_source
+from pipelines.material import WINDOWS
+from pipelines.material import model as model
+from pipelines.material import text as text
 from pipelines.run import Job
 
 SCORES, SELECTION, BITS = "scores.json", "selection.json", "bits.json"
-WINDOWS, TEXT = "windows.safetensors", "text.json"
-
-
-def model(job: Job) -> dict[str, Any]:
-    """Import the source as a Hugging Face folder."""
-    head = job.config.head
-    source = head.parent if job.stage.label == "parent" else head.model
-    assert source is not None
-    return materialise(source, job.out)
-
-
-def text(job: Job) -> dict[str, Any]:
-    """Cut one role's windows, apart from those of the roles before it."""
-    role = job.stage.params["role"]
-    source = text_source(job.config, role)
-    assert source is not None
-    used: dict[str, int] = {}
-    hashes: frozenset[str] = frozenset()
-    for earlier in (r for r in ROLES if r in job.inputs):
-        record = json.loads((job.inputs[earlier] / TEXT).read_text())
-        used, hashes = record["used"], frozenset(record["hashes"])
-    found = windows(
-        source,
-        load_tokenizer(job.inputs["tokenizer"]),
-        getattr(job.config.head.text, role),
-        seed=job.config.head.seed,
-        used=used,
-        hashes=hashes,
-    )
-    save_file({"tokens": found.tokens}, job.out / WINDOWS)
-    write_json(job.out / TEXT, {"used": found.used, "hashes": sorted(found.hashes)})
-    return {
-        "windows": len(found.tokens),
-        "length": found.tokens.shape[1],
-        "documents": found.documents,
-        "repeated": found.repeated,
-        "sha256": found.digest,
-    }
 
 
 def score(job: Job) -> dict[str, Any]:
@@ -204,11 +165,12 @@ def export(job: Job) -> dict[str, Any]:
         job.inputs["checkpoint"], job.out, params, _tokens(job, "evaluation")
     )
     if timing.speed and "onnx" in result:
-        from compressor.export.session import measure
+        from compressor.runtimes import Target
+        from compressor.runtimes.measure import measure
 
         os.sync()  # or writing back the files just made would be timed too
         result["onnx"]["speed"] = measure(
-            job.out / "onnx",
+            Target(job.out / "onnx", "onnxruntime"),
             device=job.device,
             prompt_tokens=timing.prompt_tokens,
             new_tokens=timing.new_tokens,
@@ -221,7 +183,8 @@ def evaluate(job: Job) -> dict[str, Any]:
     """Quality, bytes and, where asked for, speed of a checkpoint."""
     from compressor.evaluate.quality import Reference
     from compressor.evaluate.quality import evaluate as measure_quality
-    from compressor.evaluate.speed import measure
+    from compressor.runtimes import Target
+    from compressor.runtimes.measure import measure
 
     reference = None
     if "reference" in job.inputs:
@@ -240,7 +203,7 @@ def evaluate(job: Job) -> dict[str, Any]:
     timing = job.config.head.evaluate
     if timing.speed:
         metrics["speed"] = measure(
-            job.inputs["checkpoint"],
+            Target(job.inputs["checkpoint"], "torch"),
             device=job.device,
             prompt_tokens=timing.prompt_tokens,
             new_tokens=timing.new_tokens,

@@ -1,4 +1,4 @@
-"""Quality against transformers' own loss and naive formulas; sizes; speed."""
+"""Quality against transformers' own loss and naive formulas; sizes."""
 
 from __future__ import annotations
 
@@ -9,15 +9,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch.nn.modules.module import register_module_forward_hook
-from transformers import LlamaForCausalLM
 
 from compressor.errors import CheckpointError
 from compressor.evaluate.quality import STATES, Reference, evaluate, parameters
-from compressor.evaluate.speed import measure
 from compressor.quantize import RtnParams
 from compressor.quantize.driver import quantize
-from compressor.timing import tokens_per_second
 from tests.tiny import save_tiny, tokens
 
 WINDOWS = tokens(5, 16)
@@ -104,33 +100,3 @@ def test_what_is_stored_but_no_weight_of_its_own_is_not_counted(
     assert not extra.keys() & stored.keys()
     save_file(stored | extra, tmp_path / "model.safetensors", metadata={"format": "pt"})
     assert parameters(tmp_path) == sum(p.numel() for p in model.parameters())
-
-
-def test_speed_is_measured(tmp_path: Path) -> None:
-    save_tiny(tmp_path, "llama")
-    found = measure(tmp_path, prompt_tokens=8, new_tokens=4, repeats=2, device="cpu")
-    for kind in ("prefill", "decode"):
-        assert 0 < found[kind]["min"] <= found[kind]["median"] <= found[kind]["max"]
-    assert 0 < found["load_seconds"] < 60
-
-
-def test_speed_runs_every_token_it_counts(tmp_path: Path) -> None:
-    save_tiny(tmp_path, "llama")
-    lengths: list[int] = []
-
-    def note(module: Any, args: Any, output: Any) -> None:
-        if isinstance(module, LlamaForCausalLM):
-            lengths.append(args[0].shape[1])
-
-    with register_module_forward_hook(note):
-        measure(tmp_path, prompt_tokens=8, new_tokens=4, repeats=2, device="cpu")
-    assert lengths == [8] + 3 * [8] + 3 * 4 * [1]
-
-
-def test_the_warm_up_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = iter([0.0, 1.0, 10.0, 12.0, 20.0, 24.0])
-    monkeypatch.setattr("compressor.timing.time.perf_counter", lambda: next(times))
-    calls: list[int] = []
-    found = tokens_per_second(lambda: calls.append(1), 8, 3)
-    assert len(calls) == 4
-    assert found == {"median": 4.0, "min": 2.0, "max": 8.0}

@@ -16,12 +16,12 @@ from compressor.export import ExportParams
 from compressor.export import onnx as onnx_export
 from compressor.export.genai import GENAI
 from compressor.export.parity import ask, reference
-from compressor.export.session import Session
 from compressor.model import load_tokenizer, materialise
 from compressor.prune.driver import prune
 from compressor.quantize import RtnParams
 from compressor.quantize.driver import quantize
 from compressor.records import BitPlan, Selection
+from compressor.runtimes.session import Session
 from compressor.sources import ModelSource
 from tests.tiny import save_tiny, save_tokenizer
 

@@ -12,15 +12,15 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from compressor.dense import DenseReader
-from compressor.errors import ExportError
+from compressor.errors import ExportError, InferenceError
 from compressor.export import ExportParams, decoder_graph
 from compressor.export import onnx as onnx_export
 from compressor.export.decoder_graph import build
 from compressor.export.graph import DATA
-from compressor.export.session import Session
 from compressor.export.traits import TRAITS
 from compressor.prune.driver import prune
 from compressor.records import Selection
+from compressor.runtimes.session import Session
 from tests.tiny import save_tiny, save_tokenizer, tokens
 
 LLAMA3 = {
@@ -90,7 +90,7 @@ def test_left_padding_is_refused(tmp_path: Path) -> None:
     _, session, _ = exported(tmp_path, "llama")
     mask = np.ones((1, 6), np.int64)
     mask[0, 0] = 0
-    with pytest.raises(ExportError, match="pad on the right"):
+    with pytest.raises(InferenceError, match="pad on the right"):
         session.run(tokens(1, 6).numpy(), mask=mask)
 
 

@@ -13,10 +13,11 @@ from torch import nn
 from compressor.errors import ExportError
 from compressor.export import ExportParams
 from compressor.export import onnx as onnx_export
-from compressor.export.graph import DATA, MODEL
+from compressor.export.graph import DATA
 from compressor.quantize import RtnParams
 from compressor.quantize.driver import quantize
 from compressor.records import BitPlan
+from compressor.runtimes.session import MODEL
 from tests.test_genai import genai_tokens, torch_tokens
 from tests.tiny import save_tiny, save_tokenizer
 

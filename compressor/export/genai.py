@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from compressor.checkpoint import read_json, write_json
-from compressor.export.graph import MODEL
+from compressor.runtimes.session import MODEL
 
 GENAI = "genai_config.json"
 _SEARCH = {

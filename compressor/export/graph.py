@@ -10,9 +10,11 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from compressor.runtimes.session import MODEL
+
 MICROSOFT = "com.microsoft"
 OPSET = 21
-MODEL, DATA = "model.onnx", "model.onnx.data"
+DATA = f"{MODEL}.data"
 _ALIGNMENT = 4096
 _DTYPES = {
     torch.float32: ir.DataType.FLOAT,

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compressor.errors import ExportError
+from compressor.errors import ExportError, MissingDependency
 from compressor.layouts import Codes
 
 CONTAINER = {2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}
 """Width of the operator that holds integers of each width."""
+
+SINCE = {2: (1, 24), 4: (1, 23), 8: (1, 23)}
+"""First onnxruntime whose CPU kernels multiply integers of each width (measured, 1.20 to 1.32)."""
 
 _LARGEST = 256
 _BLOCKS = (128, 64, 32, 16)
@@ -125,3 +128,20 @@ def round_to_nearest(weight: Tensor, bits: int, block: int = 32) -> Codes:
     scale = torch.where(scale == 0, 1.0, scale)
     levels = (groups / scale).round_().clamp_(-(1 << bits - 1), (1 << bits - 1) - 1)
     return Codes(levels.flatten(1).to(torch.int8), scale.squeeze(-1), None)
+
+
+def check_widths(containers: set[int]) -> None:
+    """Raises `ExportError` where the installed onnxruntime is too old for a width."""
+    try:
+        import onnxruntime
+    except ImportError:
+        raise MissingDependency("onnxruntime", "cpu", "checking an ONNX export") from None
+    found = tuple(map(int, onnxruntime.__version__.split(".")[:2]))
+    for bits in sorted(containers):
+        if found < SINCE[bits]:
+            needed = ".".join(map(str, SINCE[bits]))
+            raise ExportError(
+                f"{bits}-bit integers need onnxruntime {needed}, here is "
+                f"{onnxruntime.__version__}; run: pip install -U 'onnxruntime>={needed}', or set "
+                "export.formats to [safetensors]"
+            )

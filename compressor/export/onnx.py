@@ -18,7 +18,7 @@ from compressor.errors import ExportError, NotEmitted
 from compressor.export import ExportParams
 from compressor.export.decoder_graph import Built, build
 from compressor.export.genai import write_config
-from compressor.export.nbits import CONTAINER
+from compressor.export.nbits import CONTAINER, check_widths
 from compressor.export.parity import (
     TOLERANCE,
     Answers,
@@ -28,10 +28,10 @@ from compressor.export.parity import (
     reference,
 )
 from compressor.export.probe import first_difference, probed
-from compressor.export.session import Session, check_widths
 from compressor.export.traced import trace
 from compressor.families import legacy_rope
 from compressor.layouts import Packed
+from compressor.runtimes.session import Session
 
 log = logging.getLogger(__name__)
 

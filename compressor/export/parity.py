@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
 
-from compressor.decoder import skeleton
-from compressor.dense import DenseReader
 from compressor.export.nbits import round_to_nearest
-from compressor.export.session import Session
+from compressor.runtimes.session import Session
+from compressor.runtimes.torch_runtime import load_model
 
 TOLERANCE = {("float32", 0): 2e-3, ("float16", 0): 5e-2, ("float32", 4): 2.0, ("float16", 4): 2.0}
 """Largest accepted difference by dtype and accuracy level, in standard deviations of the logits:
@@ -76,15 +75,7 @@ def reference(folder: Path, head_bits: int | None = None) -> Any:
 
     `head_bits` rounds the head, and with it a tied embedding, as the export does.
     """
-    reader = DenseReader(folder)
-    if reader.checkpoint.quantized:
-        model: Any = skeleton(folder)
-        names = [n for n in model.state_dict() if n not in model.all_tied_weights_keys]
-        state = {name: reader.read(name).float() for name in names}
-        model.load_state_dict(state, strict=False, assign=True)
-        model.tie_weights()
-    else:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = load_model(folder)
     if head_bits:
         weight = model.get_output_embeddings().weight
         weight.data = round_to_nearest(weight.data, head_bits).dequantize()

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.blocks import Blocks, hidden
-from compressor.export.graph import MODEL
-from compressor.export.session import Session
+from compressor.runtimes.session import MODEL, Session
 
 _PROBE = ".probe.onnx"
 

@@ -19,9 +19,9 @@ from compressor import progress
 from compressor.dense import DenseReader
 from compressor.errors import ExportError, MissingDependency
 from compressor.export.decoder_graph import Built
-from compressor.export.graph import DATA, MICROSOFT, MODEL, OPSET
+from compressor.export.graph import DATA, MICROSOFT, OPSET
 from compressor.export.nbits import NBits, pack
-from compressor.export.session import APPENDING
+from compressor.runtimes.session import APPENDING, MODEL
 
 log = logging.getLogger(__name__)
 _MODEL = "model"

@@ -1,0 +1,118 @@
+"""A decoder graph in onnxruntime: batches, padding, caches as arrays."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from compressor.errors import InferenceError, MissingDependency
+
+log = logging.getLogger(__name__)
+MODEL = "model.onnx"
+APPENDING = "compress.cache_appends"
+"""Metadata of graphs whose cache keeps padding too: their mask may have holes."""
+
+Cache = dict[str, np.ndarray]
+
+
+class Session:
+    """A graph with inputs `past_key_values.*`, on CUDA where it is there, else on the CPU.
+
+    Attributes:
+        inference: onnxruntime's own session.
+        providers: what onnxruntime really uses; it falls back without an error.
+        past: the cache inputs; `dtype` is theirs.
+        inputs: names of all inputs.
+        appends: whether the cache keeps padding too, so that the mask may have holes.
+    """
+
+    def __init__(
+        self, folder: Path, device: str = "auto", model: str = MODEL, threads: int | None = None
+    ) -> None:
+        """Load the graph `model` from `folder`; `threads` None is onnxruntime's own choice."""
+        try:
+            import onnxruntime
+        except ImportError:
+            raise MissingDependency("onnxruntime", "cpu", "running an ONNX export") from None
+        wanted = ["CUDAExecutionProvider"] if device in ("auto", "cuda") else []
+        offered = onnxruntime.get_available_providers()
+        if device == "cuda" and not set(wanted) <= set(offered):
+            raise InferenceError(
+                "device cuda, but this onnxruntime offers no CUDAExecutionProvider; "
+                "see: compress doctor"
+            )
+        chosen = [p for p in wanted if p in offered] + ["CPUExecutionProvider"]
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads or 0
+        errors = onnxruntime.capi.onnxruntime_pybind11_state
+        try:
+            self.inference: Any = onnxruntime.InferenceSession(
+                str(folder / model), options, providers=chosen
+            )
+        except (errors.Fail, errors.InvalidGraph, errors.InvalidProtobuf, errors.NoSuchFile,
+                errors.NotImplemented, errors.InvalidArgument) as error:  # fmt: skip
+            reason = str(error).strip().partition("\n")[0]
+            raise InferenceError(
+                f"{folder / model}: onnxruntime {onnxruntime.__version__} cannot load it ({reason})"
+            ) from error
+        self.providers: list[str] = self.inference.get_providers()
+        if self.providers[0] != chosen[0]:
+            log.warning("onnxruntime fell back to %s; see: compress doctor", self.providers[0])
+        self.appends = APPENDING in self.inference.get_modelmeta().custom_metadata_map
+        self.inputs = {i.name for i in self.inference.get_inputs()}
+        self.past = [i for i in self.inference.get_inputs() if i.name.startswith("past_key_values")]
+        self._outputs = [o.name for o in self.inference.get_outputs()]
+        if not {"input_ids", "attention_mask"} <= self.inputs or not self.past:
+            raise InferenceError(
+                f"{folder / model}: not a decoder with a KV cache (inputs input_ids, "
+                f"attention_mask, past_key_values.*); it has {', '.join(sorted(self.inputs)[:6])}"
+            )
+        self.dtype = np.float16 if "float16" in self.past[0].type else np.float32
+
+    def empty_cache(self, batch: int = 1, length: int = 0) -> Cache:
+        """A KV cache without entries, with room for `length` of them."""
+        return {
+            i.name: np.zeros((batch, i.shape[1], length, i.shape[3]), self.dtype) for i in self.past
+        }
+
+    def run(
+        self, ids: np.ndarray, cache: Cache | None = None, mask: np.ndarray | None = None
+    ) -> tuple[np.ndarray, Cache]:
+        """Logits (B, S, V) of ids (B, S) after the cached tokens, and the grown cache.
+
+        `mask` (B, P + S) marks real tokens; padding stands on the right.
+        Raises `InferenceError` for padding on the left, which the graph cannot express.
+        """
+        values = self.values(ids, cache, mask)
+        grown = {k: v for k, v in values.items() if k.startswith("present.")}
+        return values["logits"], {
+            k.replace("present.", "past_key_values."): v for k, v in grown.items()
+        }
+
+    def values(
+        self, ids: np.ndarray, cache: Cache | None = None, mask: np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
+        """Every output by name, of ids (B, S) after the cached tokens."""
+        cache = cache or self.empty_cache(len(ids))
+        past = next(iter(cache.values())).shape[2]
+        if mask is None:
+            mask = np.ones((len(ids), past + ids.shape[1]), np.int64)
+        if not self.appends and (np.diff(mask, axis=1) > 0).any():
+            raise InferenceError("the batch is padded on the left; pad on the right for this graph")
+        feeds = {"input_ids": ids, "attention_mask": mask, **cache}
+        if "position_ids" in self.inputs:
+            positions = mask.cumsum(axis=1)[:, past:] - 1
+            feeds["position_ids"] = np.maximum(positions, 0)
+        return dict(zip(self._outputs, self.inference.run(None, feeds), strict=True))
+
+    def generate(self, ids: np.ndarray, count: int, cache: Cache | None = None) -> list[int]:
+        """`count` greedy tokens after ids (1, S), with the KV cache."""
+        tokens: list[int] = []
+        for _ in range(count):
+            logits, cache = self.run(ids, cache)
+            tokens.append(int(logits[0, -1].argmax()))
+            ids = np.array([[tokens[-1]]], np.int64)
+        return tokens

@@ -1,0 +1,53 @@
+"""What a run starts from: the model's folder, and the windows of text of each role."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from safetensors.torch import save_file
+
+from compressor.checkpoint import write_json
+from compressor.model import load_tokenizer, materialise
+from compressor.text import windows
+from pipelines.plan import ROLES, text_source
+from pipelines.run import Job
+
+WINDOWS, TEXT = "windows.safetensors", "text.json"
+
+
+def model(job: Job) -> dict[str, Any]:
+    """Import the source as a Hugging Face folder."""
+    head = job.config.head
+    source = head.parent if job.stage.label == "parent" else head.model
+    assert source is not None
+    return materialise(source, job.out)
+
+
+def text(job: Job) -> dict[str, Any]:
+    """Cut one role's windows, apart from those of the roles before it."""
+    role = job.stage.params["role"]
+    source = text_source(job.config, role)
+    assert source is not None
+    used: dict[str, int] = {}
+    hashes: frozenset[str] = frozenset()
+    for earlier in (r for r in ROLES if r in job.inputs):
+        record = json.loads((job.inputs[earlier] / TEXT).read_text())
+        used, hashes = record["used"], frozenset(record["hashes"])
+    found = windows(
+        source,
+        load_tokenizer(job.inputs["tokenizer"]),
+        getattr(job.config.head.text, role),
+        seed=job.config.head.seed,
+        used=used,
+        hashes=hashes,
+    )
+    save_file({"tokens": found.tokens}, job.out / WINDOWS)
+    write_json(job.out / TEXT, {"used": found.used, "hashes": sorted(found.hashes)})
+    return {
+        "windows": len(found.tokens),
+        "length": found.tokens.shape[1],
+        "documents": found.documents,
+        "repeated": found.repeated,
+        "sha256": found.digest,
+    }
