@@ -11,6 +11,7 @@ CompressError
 ├── QuantizationError        a grid, group size or calibration that cannot work
 ├── HealingError             training that diverged or cannot start
 ├── ExportError              a graph that cannot be built, or differs from the model
+├── PublishError             an export that may not be published, or a place that refuses it
 ├── ArtifactError            a stored result that is damaged or in use
 └── MissingDependency        an optional package; the message holds the command
 
@@ -66,6 +67,10 @@ class HealingError(CompressError):
 
 class ExportError(CompressError):
     """An export cannot be built, or does not agree with the model."""
+
+
+class PublishError(CompressError):
+    """An export may not be published, or its destination refuses it."""
 
 
 class ArtifactError(CompressError):

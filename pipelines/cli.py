@@ -32,6 +32,10 @@ COMMANDS = {
     "heal": ("pipelines.verbs:heal", "Train a pruned model to recover what it lost."),
     "quantize": ("pipelines.verbs:quantize", "Store the linears of a model in few bits."),
     "export": ("pipelines.verbs:export", "Write safetensors and ONNX folders that runtimes load."),
+    "publish": (
+        "pipelines.publish_command:publish",
+        "Put an export on the hub, with a card, and read it back.",
+    ),
     "evaluate": ("pipelines.verbs:evaluate", "Measure perplexity, size, speed, agreement."),
     "verify": ("pipelines.commands:verify", "Re-hash stored artifacts."),
     "methods": ("pipelines.commands:methods", "List every method with its source and cost."),
