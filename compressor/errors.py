@@ -12,6 +12,7 @@ CompressError
 ├── HealingError             training that diverged or cannot start
 ├── ExportError              a graph that cannot be built, or differs from the model
 ├── PublishError             an export that may not be published, or a place that refuses it
+├── DraftError               a draft that does not fit its parent, or changes its text
 ├── ArtifactError            a stored result that is damaged or in use
 └── MissingDependency        an optional package; the message holds the command
 
@@ -71,6 +72,10 @@ class ExportError(CompressError):
 
 class PublishError(CompressError):
     """An export may not be published, or its destination refuses it."""
+
+
+class DraftError(CompressError):
+    """A draft does not fit its parent, or its parent's text is not reproduced."""
 
 
 class ArtifactError(CompressError):

@@ -32,6 +32,10 @@ COMMANDS = {
     "heal": ("pipelines.verbs:heal", "Train a pruned model to recover what it lost."),
     "quantize": ("pipelines.verbs:quantize", "Store the linears of a model in few bits."),
     "export": ("pipelines.verbs:export", "Write safetensors and ONNX folders that runtimes load."),
+    "draft": (
+        "pipelines.draft_command:draft",
+        "Measure a shallow model as the draft of its parent.",
+    ),
     "publish": (
         "pipelines.publish_command:publish",
         "Put an export on the hub, with a card, and read it back.",

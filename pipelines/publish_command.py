@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -12,6 +13,7 @@ from compressor import progress
 from compressor.errors import PublishError
 from pipelines import display, table
 from pipelines.commands import JSON, QUIET, STORE
+from pipelines.draft_command import checkpoint, in_words, record_path
 
 
 @click.command()
@@ -66,6 +68,7 @@ def publish(
     bundle = open_bundle(find_export(folder, store))
     known = Origin("", base_model, license_)
     story = tell(history(bundle.folder, store), place.name, revision, known)
+    story = dataclasses.replace(story, draft=_draft(bundle.folder, store))
     if not private and story.origin.license is None:
         raise PublishError("--public: the licence of the source is not known; give --license")
     text = card(bundle, story).encode()
@@ -84,3 +87,9 @@ def publish(
         click.echo("\n".join([*lines, f"{len(items)} files, {total}", "", text.decode()]))
     else:
         click.echo(report["url"])
+
+
+def _draft(folder: Path, store: Path) -> str:
+    """What compress draft measured of this checkpoint, in words; empty when it did not."""
+    path = record_path(checkpoint(str(folder)), store)
+    return in_words(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else ""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -59,7 +58,7 @@ class Story:
     table: str
     notes: Sequence[str]
     rebuild: Mapping[str, str]
-    draft: Mapping[str, Any] = field(default_factory=dict)
+    draft: str = ""
 
 
 def card(bundle: Bundle, story: Story) -> str:
@@ -67,7 +66,7 @@ def card(bundle: Bundle, story: Story) -> str:
     sections = {
         "What it costs": _cost(bundle, story),
         "Loading": _loading(bundle, story),
-        "As a draft of its parent": _draft(story.draft),
+        "As a draft of its parent": plain(story.draft),
         "How it was made": _made(bundle, story),
         "Files": _files(bundle),
     }
@@ -131,20 +130,6 @@ def _loading(bundle: Bundle, story: Story) -> str:
         cells = [[row["reader"], row["speed"], row["why"]] for row in rows]
         parts.append(_table(("who loads the integers", "how", "why"), cells))
     return "\n\n".join(parts)
-
-
-def _draft(measured: Mapping[str, Any]) -> str:
-    if not measured:
-        return ""
-    rates = measured["tokens_per_second"]
-    return (
-        f"Assisted greedy generation in transformers, {measured['draft_tokens']} draft tokens a "
-        f"round, {measured['prompts']} prompt(s) of {measured['new_tokens']} new tokens, the text "
-        f"equal to the parent's own: {100 * measured['acceptance']:.1f} % of "
-        f"{measured['drafted']} drafted tokens accepted, {measured['mean_accepted']:.2f} a round; "
-        f"{rates['assisted']:.1f} tokens/s against {rates['parent']:.1f} of the parent alone "
-        f"({measured['speedup']:.2f} x; predicted {measured['predicted_speedup']:.2f} x)."
-    )
 
 
 def _made(bundle: Bundle, story: Story) -> str:
