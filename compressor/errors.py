@@ -12,6 +12,8 @@ CompressError
 ├── HealingError             training that diverged or cannot start
 ├── ExportError              a graph that cannot be built, or differs from the model
 ├── InferenceError           a folder that no runtime runs, or a prompt that does not fit
+├── PublishError             an export that may not be published, or a place that refuses it
+├── DraftError               a draft that does not fit its parent, or changes its text
 ├── ArtifactError            a stored result that is damaged or in use
 └── MissingDependency        an optional package; the message holds the command
 
@@ -75,6 +77,14 @@ class NotEmitted(ExportError):
 
 class InferenceError(CompressError):
     """A runtime cannot run a folder, or the model cannot read a prompt."""
+
+
+class PublishError(CompressError):
+    """An export may not be published, or its destination refuses it."""
+
+
+class DraftError(CompressError):
+    """A draft does not fit its parent, or its parent's text is not reproduced."""
 
 
 class ArtifactError(CompressError):

@@ -13,6 +13,8 @@ from compressor.sources import ModelSource, TextSource, file_digest, package_fil
 
 WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 """What is taken from a model folder: no pickles, no code."""
+NOT_WANTED = "manifest.json"
+"""What made the folder is not what it is; linked, it would be overwritten by the copy's own."""
 
 
 def locate_model(source: ModelSource) -> Path:
@@ -47,7 +49,8 @@ def fingerprint_text(source: TextSource) -> str:
 
 def model_files(folder: Path) -> list[Path]:
     """The files of a model folder that count, sorted."""
-    return sorted({p for pattern in WANTED for p in folder.glob(pattern)})
+    found = {p for pattern in WANTED for p in folder.glob(pattern)}
+    return sorted(p for p in found if p.name != NOT_WANTED)
 
 
 def _local(path: str | None, package: str | None, file: str | None, hint: str) -> Path:

@@ -36,6 +36,14 @@ COMMANDS = {
         "Store the linears of a model in few bits.",
     ),
     "export": ("pipelines.verbs:export", "Write safetensors and ONNX folders that runtimes load."),
+    "draft": (
+        "pipelines.draft_command:draft",
+        "Measure a shallow model as the draft of its parent.",
+    ),
+    "publish": (
+        "pipelines.publish_command:publish",
+        "Put an export on the hub, with a card, and read it back.",
+    ),
     "evaluate": ("pipelines.verbs:evaluate", "Measure perplexity, size, speed, agreement."),
     "generate": ("pipelines.chat_command:generate", "Go on from a prompt, in any runtime."),
     "chat": ("pipelines.chat_command:chat", "Talk to a model in the terminal."),

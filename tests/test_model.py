@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from compressor.artifact import Manifest, Store
 from compressor.decoder import Decoder
 from compressor.errors import CheckpointError, SourceError, UnsupportedArchitecture
 from compressor.fetch import fingerprint_model
@@ -59,6 +60,18 @@ def test_a_folder_is_linked_and_opens(folder: Path, out: Path) -> None:
     assert (out / "model.safetensors").is_symlink()
     assert not (out / "modeling_evil.py").exists()
     AutoModelForCausalLM.from_pretrained(out)
+
+
+def test_the_manifest_of_a_result_stays_its_own(folder: Path, tmp_path: Path) -> None:
+    plain, manifest = fingerprint_model(ModelSource(path=str(folder))), folder / "manifest.json"
+    manifest.write_text("of the run that made it")
+    assert fingerprint_model(ModelSource(path=str(folder))) == plain
+    store = Store(tmp_path / "store")
+    with store.draft("model", "0" * 64) as draft:
+        materialise(ModelSource(path=str(folder)), draft)
+        about = {"stage": "model", "method": "import", "version": 1, "key": "0" * 64}
+        store.commit(draft, Manifest(**about, params={}, parents={}))
+    assert manifest.read_text() == "of the run that made it"
 
 
 def test_fingerprint_follows_the_content(folder: Path) -> None:
