@@ -27,6 +27,7 @@ class Blocks:
         layers: the blocks, in order.
         prefix: their dotted path, such as `model.layers`.
         skipped: of each block that lacks a branch, which: `["attention"]` or `["mlp"]`.
+        reused: of each block that runs another's branch, whose: `{"attention": 3}`.
 
     Raises `UnsupportedArchitecture` for encoder-decoders, fused experts,
     state-space blocks and any block whose linears are not each in exactly one
@@ -54,6 +55,7 @@ class Blocks:
         self.names = FAMILIES.get(family, Names())
         self.returns_tuple: bool = family in TUPLE_OUTPUT
         self.skipped: dict[int, list[str]] = getattr(config, "skipped", {})
+        self.reused: dict[int, dict[str, int]] = getattr(config, "reused", {})
         self.prefix = next(n for n, m in model.named_modules() if m is self.layers)
         for index in range(len(self.layers)):
             self._check(index, family)
@@ -101,7 +103,8 @@ class Blocks:
         missing = self.linears(index).keys() - inside.keys()
         there = {"attention": self.attention(index), "mlp": self.ffn(index)}
         gone = {kind for kind, modules in there.items() if not modules}
-        if missing or gone != set(self.skipped.get(index, ())):
+        absent = {*self.skipped.get(index, ()), *self.reused.get(index, ())}
+        if missing or gone != absent:
             children = ", ".join(name for name, _ in block.named_children())
             raise UnsupportedArchitecture(
                 f"{where} has the children {children}; attention is looked for under "

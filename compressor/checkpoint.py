@@ -116,6 +116,11 @@ class Checkpoint:
         return "quantization_config" in self.config
 
     @property
+    def shares(self) -> bool:
+        """Whether some block runs a sublayer with the weights of another block."""
+        return self.config.get("model_type") in SHIPPED and bool(self.config.get("reused"))
+
+    @property
     def side_files(self) -> list[Path]:
         """Tokenizer, chat template, generation config: all that a cut must carry over.
 

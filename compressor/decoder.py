@@ -9,7 +9,7 @@ blocks replaced by stand-ins, so no family needs code here.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -93,16 +93,33 @@ class Decoder:
     def resident(
         self, index: int, weights: Mapping[str, Tensor] | None = None
     ) -> Iterator[nn.Module]:
-        """Give block `index` its weights, or those given, for the length of a `with` block."""
-        block = self.blocks.layers[index]
-        meta = dict(block.state_dict())
+        """Give block `index` its weights, or those given, for the length of a `with` block.
+
+        Blocks whose branches it runs have the weights of these meanwhile.
+        """
         if weights is None:
-            weights = {name: self.weight(index, name) for name in meta}
+            weights = {n: self.weight(index, n) for n in self.blocks.layers[index].state_dict()}
+        with ExitStack() as lent:
+            for kind, giver in self.blocks.reused.get(index, {}).items():
+                names = self._branch_weights(giver, kind)
+                lent.enter_context(self._filled(giver, {n: self.weight(giver, n) for n in names}))
+            yield lent.enter_context(self._filled(index, weights))
+
+    @contextmanager
+    def _filled(self, index: int, weights: Mapping[str, Tensor]) -> Iterator[nn.Module]:
+        block = self.blocks.layers[index]
+        before = dict(block.state_dict())
         block.load_state_dict(weights, strict=False, assign=True)
         try:
             yield block.eval()
         finally:
-            block.load_state_dict(meta, assign=True)
+            block.load_state_dict(before, assign=True)
+
+    def _branch_weights(self, index: int, kind: str) -> list[str]:
+        config: Any = self.model.config
+        children = {config.branches[kind]["zero"], *config.branches[kind]["identity"]}
+        names = self.blocks.layers[index].state_dict()
+        return [name for name in names if name.partition(".")[0] in children]
 
     @torch.no_grad()
     def embed(self, tokens: Tensor) -> Tensor:

@@ -227,7 +227,6 @@ def test_the_walk_reads_it(family: str, tmp_path: Path) -> None:
     ("drop", "said"),
     [
         ({"drop_attention": [0, 1, 2, 3]}, "no attention would be left"),
-        ({"drop_ffn": [0], "reuse_attention": {2: 1}}, "another block's weights"),
     ],
 )
 def test_impossible_selections_are_refused(drop: Any, said: str, tmp_path: Path) -> None:

@@ -50,6 +50,11 @@ def export(
     metrics: dict[str, Any] = {"formats": list(params.formats)}
     checkpoint = Checkpoint(source)
     raw = checkpoint.config | legacy_rope(checkpoint.config)
+    if "onnx" in params.formats and checkpoint.shares:
+        raise ExportError(
+            f"{source}: some sublayers run with another block's weights, which the graph does not "
+            "hold yet; export safetensors only, or prune without re-use"
+        )
     if "onnx" in params.formats:
         folder = out / "onnx"
         folder.mkdir()

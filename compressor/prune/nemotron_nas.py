@@ -46,6 +46,11 @@ def prune(source: Path, selection: Selection, out: Path) -> None:
 def config(cut: sublayers.Cut) -> dict[str, Any]:
     """The config.json: the Llama config, sizes that blocks may differ in written per block."""
     native = dict(cut.native)
+    if cut.reused:
+        raise NotApplicable(
+            "nemotron-nas: its layers cannot run with another layer's weights; drop these "
+            "sublayers, or write the canonical flavour"
+        )
     if "attention" in cut.skipped.get(0, ()):
         raise NotApplicable(
             "nemotron-nas: layer 0 must keep its attention, servers start the residual stream "

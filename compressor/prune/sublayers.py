@@ -1,4 +1,4 @@
-"""Removing attention and feed-forward sublayers: the canonical checkpoint."""
+"""Removing or sharing attention and feed-forward sublayers: the canonical checkpoint."""
 
 from __future__ import annotations
 
@@ -19,11 +19,14 @@ from compressor.families import native_config
 from compressor.prune.blocks import check, opened, pruned_config
 from compressor.records import Selection
 from compressor.shallow.configuration_shallow import GUARD, ShallowConfig
-from compressor.shallow.sublayer_removal import remove_sublayers
+from compressor.shallow.sublayer_removal import remove_sublayers, share_sublayers
 from compressor.sublayers import Sublayer, find_sublayers
 
 Skipped = dict[int, list[str]]
 """Of each block that lacks a branch, which: `["attention"]` or `["mlp"]`."""
+
+Reused = dict[int, dict[str, int]]
+"""Of each block that runs a branch of another one, whose: `{"attention": 3}`."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Cut:
     Attributes:
         native: the native config.json, cut to the kept blocks.
         skipped: by new index, what the kept blocks lack.
+        reused: by new index, whose branches the kept blocks run.
         branches: per branch the children of a block that go with it.
         blocks: dotted path of the blocks.
         depth: how many are left.
@@ -40,6 +44,7 @@ class Cut:
 
     native: dict[str, Any]
     skipped: Skipped
+    reused: Reused
     branches: dict[str, dict[str, Any]]
     blocks: str
     depth: int
@@ -49,14 +54,15 @@ def prune(source: Path, selection: Selection, out: Path, *, native: bool) -> Non
     """Write the canonical checkpoint of what the selection leaves; the rest is carried bitwise.
 
     Weights of a removed branch and the norms that serve it alone are gone, a block that lost
-    both branches is gone whole, and attentions are numbered densely in the KV cache. With
-    `native`, a result in which every block is whole is written as a native checkpoint.
+    both branches is gone whole, and attentions are numbered densely in the KV cache. A branch
+    that runs with another block's weights is stored there only. With `native`, a result in which
+    every block is whole is written as a native checkpoint.
     Raises `SelectionError` for a sublayer that is not there or when no attention is left and
-    `NotApplicable` for blocks whose branches cannot be told apart.
+    `NotApplicable` for blocks whose branches cannot be told apart, or not exchanged.
     """
 
     def config(cut: Cut) -> dict[str, Any]:
-        return cut.native if native and not cut.skipped else canonical_config(cut)
+        return cut.native if native and not (cut.skipped or cut.reused) else canonical_config(cut)
 
     write(source, selection, out, config)
 
@@ -69,10 +75,21 @@ def write(
     The new model names the tensors that are read, one at a time.
     """
     checkpoint, before, blocks = opened(source, selection)
+    if checkpoint.shares:
+        raise NotApplicable(
+            f"{source}: some sublayers run with another block's weights, and such a checkpoint is "
+            "not cut again; cut the one it was made from"
+        )
     kept, skipped = survivors(selection, blocks.skipped)
+    reused = _reused(selection, skipped)
     cut = Cut(
         pruned_config(source, native_config(checkpoint.config), kept),
         {new: skipped[old] for new, old in enumerate(kept) if old in skipped},
+        {
+            new: {kind: kept.index(giver) for kind, giver in reused[old].items()}
+            for new, old in enumerate(kept)
+            if old in reused
+        },
         _branches(before, source),
         blocks.prefix,
         len(kept),
@@ -83,6 +100,8 @@ def write(
     after = skeleton(out)
     fresh = {i: kinds for i, kinds in skipped.items() if i in kept and i not in blocks.skipped}
     remove_sublayers(blocks.layers, fresh, cut.branches)
+    _check_exchange(blocks.layers, reused, cut.branches)
+    share_sublayers(blocks.layers, reused, cut.branches)
     check(before.config, blocks.layers, after, kept)
     reader = DenseReader(source)
     names = _stored_names(reader, after, Blocks(after).prefix, kept)
@@ -94,11 +113,6 @@ def write(
 
 def survivors(selection: Selection, skipped: Skipped) -> tuple[list[int], Skipped]:
     """The blocks that stay and, by old index, all that they lack: before and from now on."""
-    if selection.reuse_attention or selection.reuse_ffn:
-        raise NotApplicable(
-            "sublayers that run with another block's weights cannot be written yet; drop them "
-            "instead, or make a selection without reuse"
-        )
     lacking = {i: list(kinds) for i, kinds in skipped.items()}
     asked = (("attention", selection.drop_attention), ("mlp", selection.drop_ffn))
     for kind, drop in asked:
@@ -113,9 +127,37 @@ def survivors(selection: Selection, skipped: Skipped) -> tuple[list[int], Skippe
     return kept, {i: lacking[i] for i in kept if i in lacking}
 
 
+def _reused(selection: Selection, skipped: Skipped) -> Reused:
+    """By old index, whose branches the blocks run."""
+    found: Reused = {}
+    for kind, reuse in (("attention", selection.reuse_attention), ("mlp", selection.reuse_ffn)):
+        for taker, giver in sorted(reuse.items()):
+            for index in (taker, giver):
+                if kind in skipped.get(index, ()):
+                    raise SelectionError(f"block {index} has no {kind} left to share")
+            found.setdefault(taker, {})[kind] = giver
+    return found
+
+
+def _check_exchange(layers: nn.ModuleList, reused: Reused, branches: dict[str, Any]) -> None:
+    """Refuse branches that hold other weights than their givers, or count blocks inside."""
+    for taker, givers in reused.items():
+        for kind, giver in givers.items():
+            for name in (branches[kind]["zero"], *branches[kind]["identity"]):
+                own, given = (getattr(layers[index], name) for index in (taker, giver))
+                shapes = [{n: p.shape for n, p in m.named_parameters()} for m in (own, given)]
+                counted = any("layer_idx" in vars(m) for m in own.modules() if m is not own)
+                if shapes[0] != shapes[1] or counted:
+                    raise NotApplicable(
+                        f"block {taker} cannot run with the {kind} of block {giver}: their {name} "
+                        "are not made of the same parts, or count blocks inside; drop it instead"
+                    )
+
+
 def canonical_config(cut: Cut) -> dict[str, Any]:
     """The config.json of a canonical checkpoint; no class but ours can load it by mistake."""
     native = dict(cut.native)
+    reused = {str(i): givers for i, givers in cut.reused.items()}
     return {
         "model_type": ShallowConfig.model_type,
         "architectures": ["ShallowForCausalLM"],
@@ -128,6 +170,7 @@ def canonical_config(cut: Cut) -> dict[str, Any]:
         "blocks": cut.blocks,
         "branches": cut.branches,
         "per_layer_config": {str(i): {"skip": kinds} for i, kinds in cut.skipped.items()},
+        **({"reused": reused} if reused else {}),
         "base_model_type": native.pop("model_type"),
         "base_config": native,
     }

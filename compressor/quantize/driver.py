@@ -102,6 +102,11 @@ def quantize(
     """
     if Checkpoint(source).quantized:
         raise QuantizationError(f"{source}: already quantized; start from the dense checkpoint")
+    if Checkpoint(source).shares:
+        raise QuantizationError(
+            f"{source}: some sublayers run with another block's weights, whose inputs are several "
+            "blocks'; this is not quantized yet, prune without re-use"
+        )
     decoder = Decoder(source, device)
     recipe = Recipe.of(decoder, method, params)
     readers = lint(decoder, recipe.grids, params.format)

@@ -112,9 +112,7 @@ class SkrrParams(Params):
 
     n: int = Field(ge=0, description=_N)
     beam: int = Field(3, gt=0, description="masks that go on after each round")
-    reuse: bool = Field(
-        False, description="let neighbours stand in for skipped sublayers; tried, not written yet"
-    )
+    reuse: bool = Field(False, description="let neighbours stand in for skipped sublayers")
     protect: Indices = Field((), description=_PROTECT)
 
 

@@ -25,6 +25,7 @@ class ShallowConfig(PreTrainedConfig):
 
     Attributes:
         skipped: of each block that lacks a branch, which: `["attention"]` or `["mlp"]`.
+        reused: of each block that borrows a branch, whose: `{"attention": 3}` is block 3's.
         branches: per branch, the children of a block that are gone with it: `zero`, whose
             output it adds to the residual stream, and `identity`, those before or after.
         blocks: dotted path of the list of blocks, such as `model.layers`.
@@ -42,6 +43,7 @@ class ShallowConfig(PreTrainedConfig):
         base_model_type: str = "",
         base_config: dict[str, Any] | None = None,
         per_layer_config: dict[str, dict[str, Any]] | None = None,
+        reused: dict[str, dict[str, int]] | None = None,
         branches: dict[str, dict[str, Any]] | None = None,
         blocks: str = "",
         **kwargs: Any,
@@ -49,6 +51,7 @@ class ShallowConfig(PreTrainedConfig):
         """Read what `to_dict` writes; `per_layer_config` is {"3": {"skip": ["attention"]}, ...}."""
         native = dict(base_config or {})
         self.skipped = {int(i): row["skip"] for i, row in (per_layer_config or {}).items()}
+        self.reused = {int(i): givers for i, givers in (reused or {}).items()}
         self.branches, self.blocks = branches or {}, blocks
         self.base_architectures = native.pop("architectures", None)
         kwargs.pop("model_type", None)
@@ -68,7 +71,7 @@ class ShallowConfig(PreTrainedConfig):
         """
         native = super().to_dict()
         beside = {name: native.pop(name) for name in _BESIDE if name in native}
-        skipped = native.pop("skipped")
+        skipped, reused = native.pop("skipped"), native.pop("reused")
         own = {"branches": native.pop("branches"), "blocks": native.pop("blocks")}
         native["architectures"] = native.pop("base_architectures")
         for name in ("model_type", "_name_or_path"):
@@ -81,6 +84,7 @@ class ShallowConfig(PreTrainedConfig):
             "vocab_size": GUARD,
             "num_hidden_layers": self.num_hidden_layers,
             "per_layer_config": {str(i): {"skip": skipped[i]} for i in sorted(skipped)},
+            **({"reused": {str(i): reused[i] for i in sorted(reused)}} if reused else {}),
             "base_config": native,
         }
 

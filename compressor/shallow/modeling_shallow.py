@@ -16,13 +16,14 @@ from transformers import (
 )
 
 from .configuration_shallow import ShallowConfig
-from .sublayer_removal import remove_sublayers
+from .sublayer_removal import remove_sublayers, share_sublayers
 
 
 class ShallowForCausalLM(PreTrainedModel, GenerationMixin):
     """The native model of `config.base_model_type`, its parameters under their native names.
 
-    A removed branch adds exactly nothing to the residual stream and has no parameters.
+    A removed branch adds exactly nothing to the residual stream and has no parameters; a borrowed
+    one runs with those of another block.
     """
 
     config_class = ShallowConfig
@@ -30,7 +31,9 @@ class ShallowForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: Any) -> None:
         """Build the native model and take out what its blocks do without."""
         super().__init__(config)
-        remove_sublayers(self.get_submodule(config.blocks), config.skipped, config.branches)
+        blocks: Any = self.get_submodule(config.blocks)
+        remove_sublayers(blocks, config.skipped, config.branches)
+        share_sublayers(blocks, config.reused, config.branches)
 
     @classmethod
     def from_pretrained(cls, path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Self:

@@ -1,4 +1,4 @@
-"""Taking branches out of a model's blocks: their modules become functions without parameters.
+"""Taking branches out of a model's blocks, or letting them run with another block's weights.
 
 This file is copied into checkpoint folders: it needs torch and nothing else.
 """
@@ -35,6 +35,40 @@ def remove_sublayers(
                 if "layer_idx" in vars(module):
                     vars(module)["layer_idx"] = count
             count += 1
+
+
+def share_sublayers(
+    blocks: nn.ModuleList, reused: Mapping[int, Mapping[str, int]], branches: Branches
+) -> None:
+    """Let branches run with the weights of other blocks' ones, in place: {block: {kind: giver}}.
+
+    The norms of a branch come with it. What is not a weight (place in the KV cache, window)
+    stays the block's own.
+    """
+    for index, givers in reused.items():
+        for kind, giver in givers.items():
+            for name in (branches[kind]["zero"], *branches[kind]["identity"]):
+                own, given = getattr(blocks[index], name), getattr(blocks[giver], name)
+                _replace(blocks[index], name, Borrower(own, given))
+
+
+class Borrower:
+    """A module that computes with the parameters and submodules of another one.
+
+    It is no module itself, so that the model holds, stores and trains them once. The dicts that
+    hold them are the giver's own: what replaces a weight or a linear there counts here too.
+    """
+
+    def __init__(self, module: nn.Module, giver: nn.Module) -> None:
+        """Hand `module` the parts of `giver`."""
+        for parts in ("_parameters", "_buffers", "_modules"):
+            vars(module)[parts] = vars(giver)[parts]
+        self._module, self._giver = module, giver
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module, in the giver's mode."""
+        self._module.training = self._giver.training
+        return self._module(*args, **kwargs)
 
 
 def _replace(block: nn.Module, name: str, function: Any) -> None:
