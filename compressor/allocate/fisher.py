@@ -22,7 +22,7 @@ def fisher(probe: Probe, *, seed: int) -> Costs:
     tokens drawn from the model's own predictions: the Fisher information, of which the diagonal
     is taken (BRECQ, arXiv:2102.05426 section 3.2). One gram serves all outputs because
     g_ti^2 ~ s_t r_i, with s_t = sum_i g_ti^2 and r_i = sum_t g_ti^2 / sum s (GuidedQuant,
-    arXiv:2505.07004 section 4, with one group of outputs): H_s = mean_t s_t x_t x_t^T. It keeps
+    arXiv:2505.07004 section 3.2, with one group of outputs): H_s = mean_t s_t x_t x_t^T. It keeps
     what matters most: tokens with huge inputs often have no say. So one forward and one way back
     serve every width of every unit.
     """

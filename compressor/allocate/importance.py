@@ -19,7 +19,7 @@ def importance(probe: Probe, *, score: str) -> Costs:
     """I_u ||D X||^2 / ||W X||^2 with D = W - Q.
 
     I_u is the saliency of the unit's linears together where the score rates linears and is a
-    share of a whole (relevance, arXiv:2401.11243 as made here); else the rank of its block,
+    share of a whole (relevance: Mix-QViT, arXiv:2501.06357); else the rank of its block,
     (rank + 1) / L: LIM, ZD and DLP (arXiv:2406.17415 section 3, arXiv:2505.23807) order blocks
     and say nothing of distances. Squares, because a small error costs its square.
 
