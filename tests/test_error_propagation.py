@@ -18,6 +18,7 @@ from compressor.quantize.driver import Recipe, quantize, quantize_blocks
 from compressor.quantize.error_propagation import propagate_error
 from compressor.quantize.inputs import input_groups, stream_writers
 from compressor.quantize.kinds import kind_of
+from compressor.records import BitPlan, Width
 from compressor.walk import Stream, walk
 from tests.tiny import save_tiny, tiny, tokens
 
@@ -144,6 +145,74 @@ def test_linears_that_write_the_stream(family: str, adds: bool, tmp_path: Path) 
         assert stream_writers(decoder, probe, step.index, last) == (last.keys() if adds else set())
         some = dict(list(last.items())[:1])
         assert not stream_writers(decoder, probe, step.index, some)
+
+
+def test_one_norm_for_both_branches(tmp_path: Path) -> None:
+    """Cohere: five linears share inputs, each of them quantized on its own grid and together."""
+    model = save_tiny(tmp_path, "cohere")
+    plan = BitPlan(linears={"*.gate_proj": Width(bits=3), "*.up_proj": Width(bits=3)})
+    params = GptqParams(bits=5, group_size=16, scheme=plan, propagation="official")
+    decoder = Decoder(tmp_path)
+    recipe = Recipe.of(decoder, "gptq", params)
+    found = next(iter(quantize_blocks(decoder, tokens(4), recipe))).weights
+    path = "model.layers.0"
+    low = reads(model, f"{path}.self_attn.q_proj")
+    for bits, members in ((5, "qkv"), (3, ("gate", "up"))):
+        parent = "self_attn" if bits == 5 else "mlp"
+        for member in members:
+            name = f"{path}.{parent}.{member}_proj"
+            assert found[name].grid.bits == bits, name
+            weight = model.get_submodule(name).weight.data
+            gram = moments(low, low)[1]
+            expected = recipe.quantizer(weight, gram, recipe.grids[name])
+            same = (expected.integers == found[name].integers).float().mean()
+            assert same > 0.97, name
+    assert found[f"{path}.self_attn.o_proj"].grid.bits == 5
+    assert recipe.strengths["down"][0] == 0 < recipe.strengths["gate_up"][0]
+
+
+def test_kinds_where_one_norm_feeds_both_branches(tmp_path: Path) -> None:
+    save_tiny(tmp_path, "cohere")
+    decoder = Decoder(tmp_path)
+    probe = decoder.embed(tokens(1))
+    with decoder.resident(0):
+        groups = input_groups(decoder, probe, 0)
+        assert [len(group) for group in groups] == [5, 1, 1]
+        leaders = [group.leader for group in groups]
+        kinds = [kind_of(name, leaders, decoder.blocks, 0) for name in leaders]
+        assert kinds == ["qkv", "o", "down"]
+        last = {group.leader: group[group.leader] for group in groups[1:]}
+        assert stream_writers(decoder, probe, 0, last) == last.keys()
+
+
+@pytest.mark.parametrize("method", ["gptq", "qep_rtn"])
+def test_inputs_that_are_not_finite_are_told_with_the_linear(method: str, tmp_path: Path) -> None:
+    """Weights that pass the check when read can still overflow."""
+    save_tiny(tmp_path, "llama")
+    decoder = Decoder(tmp_path)
+    kept = decoder.weight
+
+    def weight(index: int, name: str) -> Tensor:
+        found = kept(index, name)
+        return found * 1e38 if (index, name) == (1, "mlp.up_proj.weight") else found
+
+    decoder.weight = weight  # type: ignore[method-assign]
+    params = {"gptq": GptqParams, "qep_rtn": PropagatingParams}[method](group_size=16)
+    blocks = quantize_blocks(decoder, tokens(4), Recipe.of(decoder, method, params))
+    next(blocks)
+    with pytest.raises(QuantizationError, match=r"layers\.1\.mlp\.down_proj: its inputs hold NaN"):
+        next(blocks)
+
+
+def test_a_linear_that_never_runs_is_named(tmp_path: Path) -> None:
+    save_tiny(tmp_path, "llama")
+    decoder = Decoder(tmp_path)
+    probe = decoder.embed(tokens(1))
+    with decoder.resident(0) as block:
+        block.mlp.spare = torch.nn.Linear(4, 4)
+        with pytest.raises(QuantizationError, match=r"layers\.0\.mlp\.spare is never run"):
+            input_groups(decoder, probe, 0)
+        del block.mlp.spare
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "opt", "gpt_neox"])

@@ -463,8 +463,8 @@ def test_report_names_every_linear_and_its_error(tmp_path: Path) -> None:
         out = tmp_path / str(bits)
         summary = quantize(source, out, tokens(4), "gptq", GptqParams(bits=bits, group_size=16))
         rows = json.loads((out / "quantization.json").read_text())["linears"]
-        assert len(rows) == 4 * 7 and all(row["damp"] >= 0.1 for row in rows.values())
-        assert summary["raised_damp"] == [n for n, row in rows.items() if row["damp"] > 0.1]
+        assert len(rows) == 4 * 7 and all(row["damp"] >= 0.3 for row in rows.values())
+        assert summary["raised_damp"] == [n for n, row in rows.items() if row["damp"] > 0.3]
         errors[bits] = summary["mean_relative_error"]
     assert 1 > errors[2] > 3 * errors[4] > 30 * errors[8] > 0
 

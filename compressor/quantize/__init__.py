@@ -16,7 +16,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 Alpha = Annotated[float, Field(ge=0, le=1)]
 Ridge = Annotated[float, Field(ge=0)]
 PROPAGATION: dict[str, tuple[dict[Kind, float], float]] = {
-    "tuned": (dict.fromkeys(KINDS, 0.75), 0.2),
+    "tuned": (dict.fromkeys(KINDS, 1.0), 1.0),
     "official": ({"qkv": 0.5, "o": 0.5, "gate_up": 0.5, "down": 0.0}, 1.0),
     "onecompression": ({"qkv": 0.5, "o": 0.5, "gate_up": 0.5, "down": 0.0}, 0.01),
     "none": (dict.fromkeys(KINDS, 0.0), 0.0),
@@ -61,8 +61,8 @@ class PropagatingParams(GridParams):
     )
 
     def catching_up(self) -> float:
-        """The share of the stream's loss that o and down make up for: 0 unless ours or told."""
-        ours = 0.5 if self.propagation == "tuned" else 0.0
+        """Share of the stream's loss that o and down make up for; ours all, the published none."""
+        ours = 1.0 if self.propagation == "tuned" else 0.0
         return ours if self.catch_up is None else self.catch_up
 
     def strengths(self) -> dict[Kind, tuple[float, float]]:
@@ -78,7 +78,7 @@ class GptqParams(PropagatingParams):
     """Parameters of GPTQ."""
 
     damp: float = Field(
-        0.1, gt=0, le=1, description="ridge, as a share of the gram's mean diagonal"
+        0.3, gt=0, le=1, description="ridge, as a share of the gram's mean diagonal"
     )
     act_order: bool = Field(True, description="columns with the largest inputs first")
     polish: int = Field(
@@ -100,7 +100,7 @@ METHODS = {
         "arXiv:2210.17323 section 3, arXiv:2504.09629 section 5",
         "2 forwards, 3 products of the inputs and 2 factorisations per group of linears",
         ("calibration",),
-        2,
+        3,
     ),
     "rtn": Method(
         "compressor.quantize.rtn:rtn",
@@ -118,5 +118,6 @@ METHODS = {
         "arXiv:2504.09629 section 5",
         "2 forwards, 3 products of the inputs and a factorisation per group of linears",
         ("calibration",),
+        2,
     ),
 }

@@ -17,7 +17,7 @@ from torch import Tensor
 from compressor import progress
 from compressor.blocks import weight_of
 from compressor.checkpoint import Checkpoint
-from compressor.decoder import Decoder
+from compressor.decoder import Decoder, all_finite
 from compressor.errors import QuantizationError
 from compressor.quantize import METHODS, GridParams, Kind, PropagatingParams
 from compressor.quantize.error_propagation import propagate_error
@@ -212,6 +212,8 @@ def _quantize_group(
         lag = None if lag is None else recipe.catch_up * lag
     stacked, used = torch.cat(weights).float(), 0.0
     try:
+        if not all(all_finite(each) for each in (gram, cross, lag) if each is not None):
+            raise QuantizationError("its inputs hold NaN or infinity; calibrate in float32")
         if alpha and cross is not None and gram is not None:
             stacked, used = propagate_error(stacked, cross, gram, alpha=alpha, damp=ridge, lag=lag)
         quantized = recipe.quantizer(stacked, gram, recipe.grids[group.leader])
