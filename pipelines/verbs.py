@@ -16,6 +16,7 @@ from ruamel.yaml.error import YAMLError
 from compressor.errors import ConfigError, SelectionError
 from compressor.records import Selection
 from pipelines import config as configuration
+from pipelines import ranks
 from pipelines.commands import JSON, QUIET, STORE, execute
 from pipelines.run import Options
 
@@ -51,11 +52,16 @@ def parameters(verb: str, own: tuple[str, ...] = _OWN) -> list[Callable[..., Any
         for field in row.params.model_fields:
             homes.setdefault(field, []).append(name)
     for field, owners in homes.items():
-        info = table[owners[0]].params.model_fields[field]
-        default = json.dumps(
-            info.get_default(call_default_factory=True), default=lambda _: "required"
+        infos = {name: table[name].params.model_fields[field] for name in owners}
+        defaults: dict[str, list[str]] = {}
+        for name, info in infos.items():
+            value = info.get_default(call_default_factory=True)
+            defaults.setdefault(json.dumps(value, default=lambda _: "required"), []).append(name)
+        listed = "; ".join(
+            value if len(names) == len(table) else f"{value} of {', '.join(names)}"
+            for value, names in defaults.items()
         )
-        told = f"{info.description or ''} [{', '.join(owners)}; default {default}]"
+        told = f"{infos[owners[0]].description or ''} [default {listed}]"
         flags = [f"--{field.replace('_', '-')}", *(["-n"] if field == "n" else [])]
         if field not in own:
             options.append(click.option(*flags, field, type=_YamlValue(), help=told.strip()))
@@ -94,7 +100,7 @@ def _verb(verb: str, role: str | None) -> Callable[[Callable[..., Any]], click.C
             checked = configuration.parse(tree, f"compress {verb}")
             refuse_existing(out)
             record = execute(checked, store, Options(), as_json=as_json, quiet=quiet)
-            if out:
+            if out and not ranks.rank():
                 _deliver(Path(record["stages"][-1]["folder"]), out)
                 click.echo(f"copied to {out}", err=True)
 
@@ -106,7 +112,7 @@ def _verb(verb: str, role: str | None) -> Callable[[Callable[..., Any]], click.C
             STORE,
             OUT,
             *(reversed(TEXT) if role else ()),
-            *reversed(parameters(verb)),
+            *reversed(parameters(verb, _OWN if verb == "prune" else ())),
             MODEL,
         ):
             command = option(command)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from compressor import progress
 from compressor.checkpoint import Checkpoint
 from compressor.errors import HealingError
 from compressor.heal import TrainingParams, history
-from compressor.heal.healer import Healer, Healing, next_token_loss
+from compressor.heal.healer import Healer, Healing, Weights, next_token_loss
 from compressor.heal.trainer import HealingTrainer, Windows
 from compressor.heal.write import rewrite
 
@@ -42,6 +43,7 @@ def train(healing: Healing, method: Callable[[Healing], Healer]) -> dict[str, An
     """
     params, tokens = healing.params, healing.tokens
     held = _held_out(params, len(tokens))
+    rows = range(len(tokens))
     _check(healing, len(tokens) - held)
     torch.manual_seed(healing.seed)
     healer = method(healing)
@@ -52,8 +54,8 @@ def train(healing: Healing, method: Callable[[Healing], Healer]) -> dict[str, An
         trainer = HealingTrainer(
             model=healer.model,
             args=_arguments(healing, changing=healer.changing),
-            train_dataset=Windows(tokens, range(len(tokens) - held)),
-            eval_dataset=Windows(tokens, range(len(tokens) - held, len(tokens))) if held else None,
+            train_dataset=Windows(tokens, rows[: len(rows) - held]),
+            eval_dataset=Windows(tokens, rows[len(rows) - held :]) if held else None,
             callbacks=list(healer.callbacks),
             loss=healer.loss or next_token_loss,
             beside=healer.beside,
@@ -62,12 +64,18 @@ def train(healing: Healing, method: Callable[[Healing], Healer]) -> dict[str, An
         )
         trainer.remove_callback(PrinterCallback)
         try:
-            trainer.train(resume_from_checkpoint=_whole_checkpoint(healing.work))
+            with trainer.args.main_process_first(local=False):
+                checkpoint = _whole_checkpoint(healing.work)
+            trainer.train(resume_from_checkpoint=checkpoint)
             trainer.judge()
         except HealingError as error:
-            raise HealingError(f"{error}{_kept(trainer, healer, healing)}") from error
-    _save_metrics(trainer.rows, healing.out / METRICS)
-    _write(trainer, healer, healing)
+            kept = _kept(trainer, healer, healing) if trainer.is_world_process_zero() else ""
+            trainer.accelerator.wait_for_everyone()
+            raise HealingError(f"{error}{kept}") from error
+    weights = trainer.weights()
+    if trainer.is_world_process_zero():
+        _save_metrics(trainer.rows, healing.out / METRICS)
+        _write(trainer, healer, healing, weights)
     return _report(trainer, len(tokens) - held, tokens.shape[1])
 
 
@@ -80,12 +88,12 @@ def _held_out(params: TrainingParams, windows: int) -> int:
     return min(max(1, round(params.validation * windows)), _MOST_HELD_OUT, windows - 1)
 
 
-def _write(trainer: HealingTrainer, healer: Healer, healing: Healing) -> None:
+def _write(trainer: HealingTrainer, healer: Healer, healing: Healing, last: Weights) -> None:
     """Write the weights of the best evaluation; without any, the last."""
     evaluated = history.held_out(trainer.rows)
     step = history.best(trainer.rows)[0] if evaluated else trainer.state.global_step
     if step == trainer.state.global_step:
-        healer.write(trainer.weights(), healing.out)
+        healer.write(last, healing.out)
     elif step:
         healer.write(trainer.best_weights(), healing.out)
     else:
@@ -134,11 +142,13 @@ def _check(healing: Healing, windows: int) -> None:
     source, params = healing.source, healing.params
     if Checkpoint(source).quantized:
         raise HealingError(f"{source}: already quantized; heal the dense checkpoint, then quantize")
-    if params.batch_size % params.micro_batch_size:
+    if params.batch_size % (params.micro_batch_size * _processes()):
         raise HealingError(
             f"batch_size {params.batch_size} is not a multiple of micro_batch_size "
-            f"{params.micro_batch_size}"
+            f"{params.micro_batch_size}" + f" times {_processes()} processes" * (_processes() > 1)
         )
+    if params.skip_below and _processes() > 1:
+        raise HealingError("skip_below: processes that skip cannot wait for each other; use one")
     passes = params.steps * params.batch_size / windows
     if passes > _MANY_PASSES:
         log.warning(
@@ -158,7 +168,7 @@ def _arguments(healing: Healing, *, changing: bool) -> TrainingArguments:
         eval_strategy="steps" if params.validation else "no",
         eval_steps=params.evaluate_every,
         eval_on_start=bool(params.validation),
-        gradient_accumulation_steps=params.batch_size // params.micro_batch_size,
+        gradient_accumulation_steps=params.batch_size // params.micro_batch_size // _processes(),
         learning_rate=params.learning_rate,
         save_steps=params.save_every,
         save_total_limit=2,
@@ -170,6 +180,7 @@ def _arguments(healing: Healing, *, changing: bool) -> TrainingArguments:
         seed=healing.seed,
         data_seed=healing.seed,
         use_cpu=healing.device == "cpu",
+        ddp_backend="gloo" if healing.device == "cpu" and _processes() > 1 else None,
         ddp_find_unused_parameters=changing,
         bf16=healing.dtype == torch.bfloat16,
         remove_unused_columns=False,
@@ -180,15 +191,27 @@ def _arguments(healing: Healing, *, changing: bool) -> TrainingArguments:
 def _whole_checkpoint(work: Path) -> str | None:
     """The newest checkpoint in `work` that was written to its end, or None.
 
-    The Trainer writes trainer_state.json last; a folder without a readable one was cut off.
+    Of several processes each writes its random state, the first trainer_state.json after its
+    own; a folder that lacks any of them was cut off.
     """
     while work.is_dir() and (newest := get_last_checkpoint(str(work))):
-        try:
-            json.loads((Path(newest) / "trainer_state.json").read_text())
+        if _whole(Path(newest)):
             return str(newest)
-        except (OSError, ValueError):
-            shutil.rmtree(newest)
+        shutil.rmtree(newest)
     return None
+
+
+def _whole(folder: Path) -> bool:
+    try:
+        json.loads((folder / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return len(list(folder.glob("rng_state*.pth"))) == _processes()
+
+
+def _processes() -> int:
+    """How many processes train together, as their launcher says."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _save_metrics(rows: list[dict[str, Any]], path: Path) -> None:
