@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from compressor.blocks import Blocks
 from compressor.checkpoint import Checkpoint
 from compressor.errors import HealingError
-from compressor.heal import QloraParams, train
+from compressor.heal import LoraParams, QloraParams, train
 from compressor.heal.lora import adapter, target_names
 from compressor.heal.merge import merge
 from compressor.heal.presets import PRESETS
