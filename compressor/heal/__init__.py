@@ -88,10 +88,8 @@ class LastBlocksParams(TrainingParams):
     """Parameters of tuning a few blocks in full."""
 
     learning_rate: float = Field(2e-5, gt=0, description="peak, after warm-up; cosine to zero")
-    blocks: int = Field(
-        3, gt=0, description="how many blocks train; with around_cut on either side"
-    )
-    around_cut: bool = Field(False, description="those beside removed blocks, not the last")
+    blocks: int = Field(3, gt=0, description="how many blocks train")
+    around_cut: bool = Field(False, description="on either side of what was removed")
     head: bool = Field(True, description="the final norm and the head train too")
 
 

@@ -20,7 +20,7 @@ from transformers import Trainer, TrainerControl
 from compressor import progress
 from compressor.errors import HealingError
 from compressor.heal import TrainingParams, history
-from compressor.heal.healer import Batch, Loss, Weights
+from compressor.heal.healer import Batch, Loss, Weights, document_positions
 
 _KEPT = ("loss", "grad_norm", "learning_rate")
 _BESIDE = "beside"
@@ -30,20 +30,25 @@ _SPENT = "seconds.json"
 class Windows(Dataset[Batch]):
     """Rows of windows (N, T), each with its index."""
 
-    def __init__(self, tokens: Tensor, rows: range) -> None:
-        """Serve these rows of `tokens`."""
-        self._tokens, self._rows = tokens, rows
+    def __init__(self, tokens: Tensor, rows: range, end: int | None = None) -> None:
+        """Serve these rows of `tokens`; documents are apart where their `end` is given."""
+        self._tokens, self._rows, self._end = tokens, rows, end
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def share(self, rank: int, count: int) -> Windows:
         """What one of `count` processes sees of them."""
-        return Windows(self._tokens, self._rows[rank::count])
+        return Windows(self._tokens, self._rows[rank::count], self._end)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self._rows[index]
-        return {"input_ids": self._tokens[row], "index": row}
+        tokens = self._tokens[row]
+        if self._end is None:
+            return {"input_ids": tokens, "index": row}
+        places = document_positions(tokens, self._end)
+        labels = tokens.masked_fill(places == 0, -100)
+        return {"input_ids": tokens, "index": row, "position_ids": places, "labels": labels}
 
 
 class HealingTrainer(Trainer):
