@@ -15,7 +15,7 @@ from compressor import artifact, progress
 from compressor.artifact import Store
 from compressor.errors import ArtifactError, ConfigError, did_you_mean
 from pipelines import config as configuration
-from pipelines import display, table
+from pipelines import display, ranks, table
 from pipelines.run import Event, Options, make_plan
 from pipelines.run import run as run_plan
 
@@ -72,6 +72,8 @@ def execute(
 ) -> dict[str, Any]:
     """Run a plan under bars and print its record or its table."""
     artifacts = Store(store / "store")
+    if ranks.rank():
+        return run_plan(checked, artifacts, options)
     built: list[str] = []
 
     def on_event(event: Event, stage: Any) -> None:

@@ -18,6 +18,7 @@ from compressor.errors import ArtifactError, ConfigError, did_you_mean
 from compressor.fetch import fingerprint_model, fingerprint_text
 from compressor.memory import peak, reset_peak
 from compressor.methods import Params
+from pipelines import ranks
 from pipelines.config import RunConfig
 from pipelines.plan import ROLES, Stage, plan, text_source
 
@@ -92,6 +93,8 @@ def run(config: RunConfig, store: Store, options: Options) -> dict[str, Any]:
     goes on from its work folder when the same command runs again.
     """
     stages = make_plan(config)
+    if options.force and "WORLD_SIZE" in os.environ:
+        raise ConfigError("--force: not with several processes; build again in one")
     start, stop = _span(stages, options)
     for index, stage in enumerate(stages[:stop]):
         again = options.force and index >= start and stage.verb not in ("model", "text")
@@ -110,6 +113,11 @@ def ensure(
 ) -> None:
     """Build a stage unless it is stored in full; what is damaged is set aside first."""
     status = store.status(stage.verb, stage.key)
+    if ranks.rank():
+        if status != "cached" and stage.verb in ranks.SHARED:
+            _build(stage, config, store)
+        ranks.wait_until(lambda: store.status(stage.verb, stage.key) == "cached")
+        return
     if status == "damaged":
         on_event("damaged", stage)
         store.set_aside(stage.verb, stage.key)
@@ -153,13 +161,15 @@ def _build(stage: Stage, config: RunConfig, store: Store) -> None:
     torch.manual_seed(config.head.seed)
     reset_peak()
     began = time.monotonic()
-    with store.draft(stage.verb, stage.key) as draft:
+    with ranks.scratch() if ranks.rank() else store.draft(stage.verb, stage.key) as draft:
         read = {**stage.inputs, **stage.beside}
         inputs = {role: store.folder(s.verb, s.key) for role, s in read.items()}
         work = store.work(stage.verb, stage.key)
         try:
             function: Callable[[Job], dict[str, Any]] = getattr(stages, stage.verb)
             metrics = function(Job(stage, config, inputs, draft, work, device))
+            if ranks.rank():
+                return
             manifest = Manifest(
                 stage=stage.verb,
                 method=stage.method,
@@ -189,6 +199,8 @@ def _device(asked: str) -> str:
     import torch
 
     found = "cuda" if torch.cuda.is_available() else "cpu"
+    if found == "cuda":
+        torch.cuda.set_device(ranks.local_rank())
     if asked == "cuda" and found == "cpu":
         raise ConfigError("device: cuda, but torch sees no CUDA device; see: compress doctor")
     return found if asked == "auto" else asked
@@ -235,6 +247,8 @@ def _record(config: RunConfig, stages: list[Stage], store: Store) -> dict[str, A
         "stages": rows,
         "exports": exports,
     }
+    if ranks.rank():
+        return record
     path = store.root.parent / "runs" / f"{config.head.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(f".{os.getpid()}.tmp")

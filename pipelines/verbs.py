@@ -16,6 +16,7 @@ from ruamel.yaml.error import YAMLError
 from compressor.errors import ConfigError, SelectionError
 from compressor.records import Selection
 from pipelines import config as configuration
+from pipelines import ranks
 from pipelines.commands import JSON, QUIET, STORE, execute
 from pipelines.run import Options
 
@@ -37,7 +38,7 @@ OUT = click.option(
 MODEL = click.argument("model")
 
 
-def parameters(verb: str, own: tuple[str, ...] = _OWN) -> list[Callable[..., Any]]:
+def parameters(verb: str, own: tuple[str, ...] = ()) -> list[Callable[..., Any]]:
     """One option per parameter of any method of a verb, its default in the help."""
     table = configuration.methods(verb)
     options: list[Callable[..., Any]] = []
@@ -51,11 +52,16 @@ def parameters(verb: str, own: tuple[str, ...] = _OWN) -> list[Callable[..., Any
         for field in row.params.model_fields:
             homes.setdefault(field, []).append(name)
     for field, owners in homes.items():
-        info = table[owners[0]].params.model_fields[field]
-        default = json.dumps(
-            info.get_default(call_default_factory=True), default=lambda _: "required"
+        infos = {name: table[name].params.model_fields[field] for name in owners}
+        defaults: dict[str, list[str]] = {}
+        for name, info in infos.items():
+            value = info.get_default(call_default_factory=True)
+            defaults.setdefault(json.dumps(value, default=lambda _: "required"), []).append(name)
+        listed = "; ".join(
+            value if len(names) == len(table) else f"{value} of {', '.join(names)}"
+            for value, names in defaults.items()
         )
-        told = f"{info.description or ''} [{', '.join(owners)}; default {default}]"
+        told = f"{infos[owners[0]].description or ''} [default {listed}]"
         flags = [f"--{field.replace('_', '-')}", *(["-n"] if field == "n" else [])]
         if field not in own:
             options.append(click.option(*flags, field, type=_YamlValue(), help=told.strip()))
@@ -76,7 +82,7 @@ class _YamlValue(click.ParamType[Any]):
 
 
 def alone(
-    verb: str, role: str | None, own: tuple[str, ...] = _OWN
+    verb: str, role: str | None, own: tuple[str, ...] = ()
 ) -> Callable[[Callable[..., Any]], click.Command]:
     """Decorate the builder of a configuration with a verb's model, text and method options."""
 
@@ -96,7 +102,7 @@ def alone(
             checked = configuration.parse(tree, f"compress {verb}")
             refuse_existing(out)
             record = execute(checked, store, Options(), as_json=as_json, quiet=quiet)
-            if out:
+            if out and not ranks.rank():
                 _deliver(Path(record["stages"][-1]["folder"]), out)
                 click.echo(f"copied to {out}", err=True)
 
@@ -133,7 +139,7 @@ def score(method: str | None = None, **params: Any) -> dict[str, Any]:
     return {"stages": [{"score": chosen}]}
 
 
-@alone("prune", "calibration")
+@alone("prune", "calibration", own=_OWN)
 @click.option("--selection", type=click.Path(path_type=Path), help="A selection.json.")
 @click.option("--blocks", help="Blocks to remove, such as 13-18 or 3,7,12.")
 @click.option("--attention", help="Blocks to remove the attention of.")

@@ -23,11 +23,16 @@ PARAMS = LoraParams(
 def run(
     folder: Path, params: TrainingParams = PARAMS, name: str = "out"
 ) -> tuple[dict[str, Any], Path]:
-    """Heal tmp/source into tmp/<name> by the method that these parameters are of."""
+    """Heal tmp/source into tmp/<name> by the method that these parameters are of.
+
+    The report comes without its forecast, which depends on the process.
+    """
     (folder / name).mkdir()
     healing = task(folder, params, name)
     row = next(row for row in METHODS.values() if row.params is type(params))
-    return row.load()(healing), healing.out
+    report = row.load()(healing)
+    assert report.pop("forecast")
+    return report, healing.out
 
 
 def task(folder: Path, params: TrainingParams = PARAMS, name: str = "out") -> Healing:

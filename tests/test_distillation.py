@@ -315,6 +315,8 @@ def test_what_the_parent_has_not_is_refused(tmp_path: Path) -> None:
         cached(tmp_path, top_k=96)
     with pytest.raises(ValueError, match="top_k keeps the mass of the rest for tau 1 only"):
         DistillParams(top_k=5, tau=2.0)
+    with pytest.raises(ValueError, match="reset_documents: the parent has read"):
+        DistillParams(reset_documents=True)
 
 
 @pytest.mark.parametrize(

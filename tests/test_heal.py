@@ -12,15 +12,17 @@ import torch
 from accelerate import Accelerator
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from compressor.blocks import Blocks
 from compressor.checkpoint import Checkpoint
 from compressor.errors import HealingError
-from compressor.heal import QloraParams, train
+from compressor.heal import LoraParams, QloraParams, train
 from compressor.heal.lora import adapter, target_names
 from compressor.heal.merge import merge
+from compressor.heal.presets import PRESETS
 from compressor.heal.trainer import HealingTrainer
 from tests.healing import PARAMS, WINDOWS, digest, interrupted, run, task
 from tests.tiny import FAMILIES, save_tiny, tiny
@@ -221,3 +223,21 @@ def test_many_passes_over_few_windows_are_told(
     save_tiny(tmp_path / "source", "llama")
     run(tmp_path, PARAMS.model_copy(update={"steps": 40}))
     assert "40 steps of 2 windows go 13 times over 6 windows" in caplog.text
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_presets_are_parameters_and_what_is_given_wins(name: str) -> None:
+    preset = LoraParams.model_validate({"preset": name})
+    assert preset.model_dump() == LoraParams.model_validate(PRESETS[name]).model_dump()
+    assert "preset" not in preset.model_dump()
+    assert QloraParams.model_validate({"preset": name, "rank": 7}).rank == 7
+    assert preset.alpha in (None, 16)
+
+
+def test_published_settings() -> None:
+    """arXiv:2403.17887 appendix A.1, the table of peak rates and ranks."""
+    table = {"llama-2-7b": (3e-4, 2), "llama-2-70b": (3e-5, 8), "mistral-7b": (3e-6, 4)}
+    found = {n: (PRESETS[n]["learning_rate"], PRESETS[n]["rank"]) for n in table}
+    assert found == table
+    with pytest.raises(ValidationError, match=r"no preset 'llama-2-7' \(did you mean 'llama-2-7b'"):
+        LoraParams.model_validate({"preset": "llama-2-7"})

@@ -76,7 +76,7 @@ def climbing_from(batch: int) -> Loss:
 def test_the_best_evaluation_is_the_result(params: TrainingParams, tmp_path: Path) -> None:
     save_tiny(tmp_path / "source", "llama", tie_word_embeddings=True)
     longer = {"steps": 15, "evaluate_every": 4}
-    report = with_loss(tmp_path, params.model_copy(update=longer), climbing_from(10))
+    report = with_loss(tmp_path, params.model_copy(update=longer), climbing_from(8))
     evaluated = history.held_out(rows(tmp_path / "out"))
     assert [step for step, _ in evaluated] == [0, 4, 8, 12, 15]
     step, loss = min(evaluated, key=lambda each: each[1])

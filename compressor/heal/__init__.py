@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
+from compressor.errors import did_you_mean
+from compressor.heal.presets import PRESETS
 from compressor.methods import Method, Params
 
 
@@ -33,15 +35,41 @@ class TrainingParams(Params):
     skip_below: float = Field(
         0, ge=0, description="no backward below this share of the running loss; 0: never"
     )
+    reset_documents: bool = Field(
+        False, description="positions and attention begin anew behind every end-of-text token"
+    )
+    report_to: str | None = Field(
+        None, exclude=True, description="such as tensorboard; its files go where that says"
+    )
+    fsdp: str | None = Field(
+        None, exclude=True, description="as the Trainer's, such as 'full_shard auto_wrap'"
+    )
 
 
 class LoraParams(TrainingParams):
-    """Parameters of LoRA; the defaults are the healing recipe of arXiv:2403.17887 appendix A.1."""
+    """Parameters of LoRA; the defaults are the healing recipe of arXiv:2403.17887 appendix A.1.
 
+    A preset is resolved into the other parameters and not one itself, so a run that spells
+    them out is the same run.
+    """
+
+    preset: str | None = Field(
+        None, exclude=True, description=f"published settings: {', '.join(PRESETS)}"
+    )
     rank: int = Field(64, gt=0, description="rank of the adapters")
     alpha: float | None = Field(None, description="scale numerator; the rank when not given")
     dropout: float = Field(0.05, ge=0, lt=1, description="dropout before the adapters")
     targets: Literal["ffn", "all"] = Field("ffn", description="linears that get an adapter")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, given: Any) -> Any:
+        name = given.get("preset") if isinstance(given, dict) else None
+        if name is None:
+            return given
+        if name not in PRESETS:
+            raise ValueError(f"no preset {name!r}{did_you_mean(str(name), PRESETS)}")
+        return {**PRESETS[name], **given}
 
 
 class QloraParams(LoraParams):
@@ -52,7 +80,7 @@ class LisaParams(TrainingParams):
     """Parameters of LISA; the defaults are those of arXiv:2403.17919."""
 
     learning_rate: float = Field(2e-5, gt=0, description="peak, after warm-up; cosine to zero")
-    blocks: int = Field(2, gt=0, description="blocks that train together")
+    blocks: int = Field(2, gt=0, description="how many blocks train")
     every: int = Field(20, gt=0, description="steps for which they do")
 
 
@@ -60,8 +88,8 @@ class LastBlocksParams(TrainingParams):
     """Parameters of tuning a few blocks in full."""
 
     learning_rate: float = Field(2e-5, gt=0, description="peak, after warm-up; cosine to zero")
-    blocks: int = Field(3, gt=0, description="how many; with around_cut, on either side")
-    around_cut: bool = Field(False, description="those beside removed blocks, not the last")
+    blocks: int = Field(3, gt=0, description="how many blocks train")
+    around_cut: bool = Field(False, description="on either side of what was removed")
     head: bool = Field(True, description="the final norm and the head train too")
 
 
@@ -102,6 +130,8 @@ class DistillParams(LoraParams, TeacherParams):
     def _possible(self) -> Self:
         if self.top_k and self.tau != 1:
             raise ValueError("top_k keeps the mass of the rest for tau 1 only; leave one out")
+        if self.reset_documents:
+            raise ValueError("reset_documents: the parent has read the windows as a whole")
         return self
 
 

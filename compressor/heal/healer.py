@@ -13,7 +13,11 @@ from transformers import TrainerCallback
 from compressor.heal import TrainingParams
 
 Batch = dict[str, Tensor]
-"""`input_ids` (B, T) and `index` (B,), the rows of `Healing.tokens` that they are."""
+"""`input_ids` (B, T) and `index` (B,), the rows of `Healing.tokens` that they are.
+
+With `reset_documents` also `position_ids` (B, T), from 0 in every document, and `labels`
+(B, T), -100 for the first token of each.
+"""
 
 Loss = Callable[[nn.Module, Batch], Tensor]
 """Mean loss of a micro batch, a scalar that the gradient flows from."""
@@ -63,7 +67,8 @@ class Healer:
         loss: what is minimised; next-token loss unless the method has its own.
         callbacks: of the method, told of every step.
         beside: what trains along for the loss alone and is dropped at the end.
-        changing: whether the parameters that train change from step to step.
+        together: how many weights train at a time, where which ones do changes from step to
+            step; None where those that require a gradient do throughout.
     """
 
     model: nn.Module
@@ -71,11 +76,20 @@ class Healer:
     loss: Loss | None = None
     callbacks: tuple[TrainerCallback, ...] = ()
     beside: nn.Module | None = None
-    changing: bool = False
+    together: int | None = None
 
 
 def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Mean over windows and positions of -log p(token | those before it), in nats."""
     tokens = batch["input_ids"]
-    loss: Tensor = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+    inputs = {"labels": tokens, **{k: v for k, v in batch.items() if k != "index"}}
+    loss: Tensor = model(**inputs, use_cache=False).loss
     return loss
+
+
+def document_positions(tokens: Tensor, end: int) -> Tensor:
+    """Position (T,) of each token in its document, the tokens (T,) up to and with an `end`."""
+    places = torch.arange(len(tokens))
+    first = torch.zeros_like(tokens, dtype=torch.bool)
+    first[1:] = tokens[:-1] == end
+    return places - places.where(first, torch.zeros(())).cummax(0).values.long()

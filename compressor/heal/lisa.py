@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import random
 from typing import Any
 
@@ -47,13 +46,17 @@ def sampled(healing: Healing) -> Healer:
         raise HealingError(
             f"heal.blocks {params.blocks}: {healing.source} has {len(blocks)} blocks; ask for fewer"
         )
-    write = functools.partial(replace, model, source=healing.source)
+    outside = _weights(model) - _weights(blocks.layers)
     return Healer(
         model,
-        lambda weights, folder: write(weights, out=folder),
+        lambda weights, folder: replace(model, weights, healing.source, folder),
         callbacks=(Schedule(blocks, params, healing.seed),),
-        changing=True,
+        together=outside + params.blocks * _weights(blocks.layers[0]),
     )
+
+
+def _weights(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def active(seed: int, period: int, num_blocks: int, count: int) -> set[int]:

@@ -10,20 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, TrainingArguments
+from transformers import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from compressor import progress
-from compressor.checkpoint import Checkpoint
 from compressor.errors import HealingError
 from compressor.heal import TrainingParams, history
-from compressor.heal.healer import Healer, Healing, next_token_loss
+from compressor.heal.arguments import arguments, check, document_end, processes
+from compressor.heal.healer import Healer, Healing, Weights, next_token_loss
+from compressor.heal.memory import explain, forecast
 from compressor.heal.trainer import HealingTrainer, Windows
 from compressor.heal.write import rewrite
 
 log = logging.getLogger(__name__)
 METRICS = "metrics.jsonl"
-_MANY_PASSES = 8
 _MOST_HELD_OUT = 64
 
 
@@ -40,35 +40,58 @@ def train(healing: Healing, method: Callable[[Healing], Healer]) -> dict[str, An
     Raises `HealingError` when the loss or its gradient is no longer finite, or the loss keeps
     rising; the best weights are then in `healing.work`.
     """
-    params, tokens = healing.params, healing.tokens
-    held = _held_out(params, len(tokens))
-    _check(healing, len(tokens) - held)
+    held = _held_out(healing.params, len(healing.tokens))
+    check(healing, len(healing.tokens) - held)
     torch.manual_seed(healing.seed)
     healer = method(healing)
-    if params.checkpointing:
+    if healing.params.checkpointing:
         model: Any = healer.model
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    with progress.task("heal", params.steps) as bar:
-        trainer = HealingTrainer(
-            model=healer.model,
-            args=_arguments(healing, changing=healer.changing),
-            train_dataset=Windows(tokens, range(len(tokens) - held)),
-            eval_dataset=Windows(tokens, range(len(tokens) - held, len(tokens))) if held else None,
-            callbacks=list(healer.callbacks),
-            loss=healer.loss or next_token_loss,
-            beside=healer.beside,
-            settings=params,
-            bar=bar,
-        )
-        trainer.remove_callback(PrinterCallback)
-        try:
-            trainer.train(resume_from_checkpoint=_whole_checkpoint(healing.work))
-            trainer.judge()
-        except HealingError as error:
-            raise HealingError(f"{error}{_kept(trainer, healer, healing)}") from error
-    _save_metrics(trainer.rows, healing.out / METRICS)
-    _write(trainer, healer, healing)
-    return _report(trainer, len(tokens) - held, tokens.shape[1])
+    expected = forecast(healing, healer)
+    label = f"heal (up to {expected['total'] / 2**30:.2f} GiB)"
+    with progress.task(label, healing.params.steps) as bar:
+        trainer = _trainer(healing, healer, held, bar)
+        _run(trainer, healer, healing)
+    weights = trainer.weights()
+    if trainer.is_world_process_zero():
+        healing.out.mkdir(parents=True, exist_ok=True)
+        _save_metrics(trainer.rows, healing.out / METRICS)
+        _write(trainer, healer, healing, weights)
+    return _report(trainer, healing.tokens[held:].numel()) | {"forecast": expected}
+
+
+def _trainer(healing: Healing, healer: Healer, held: int, bar: progress.Task) -> HealingTrainer:
+    params, tokens = healing.params, healing.tokens
+    end = document_end(healing, healer.model) if params.reset_documents else None
+    split = len(tokens) - held
+    trainer = HealingTrainer(
+        model=healer.model,
+        args=arguments(healing, changing=healer.together is not None),
+        train_dataset=Windows(tokens, range(split), end),
+        eval_dataset=Windows(tokens, range(split, len(tokens)), end) if held else None,
+        callbacks=list(healer.callbacks),
+        loss=healer.loss or next_token_loss,
+        beside=healer.beside,
+        settings=params,
+        bar=bar,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _run(trainer: HealingTrainer, healer: Healer, healing: Healing) -> None:
+    """Train from the last whole checkpoint to the end; words for what can go wrong."""
+    try:
+        with trainer.args.main_process_first(local=False):
+            checkpoint = _whole_checkpoint(healing.work)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.judge()
+    except HealingError as error:
+        kept = _kept(trainer, healer, healing) if trainer.is_world_process_zero() else ""
+        trainer.accelerator.wait_for_everyone()
+        raise HealingError(f"{error}{kept}") from error
+    except (RuntimeError, MemoryError) as error:
+        raise explain(error, healing.params, trainer.state.global_step) or error from error
 
 
 def _held_out(params: TrainingParams, windows: int) -> int:
@@ -80,12 +103,12 @@ def _held_out(params: TrainingParams, windows: int) -> int:
     return min(max(1, round(params.validation * windows)), _MOST_HELD_OUT, windows - 1)
 
 
-def _write(trainer: HealingTrainer, healer: Healer, healing: Healing) -> None:
+def _write(trainer: HealingTrainer, healer: Healer, healing: Healing, last: Weights) -> None:
     """Write the weights of the best evaluation; without any, the last."""
     evaluated = history.held_out(trainer.rows)
     step = history.best(trainer.rows)[0] if evaluated else trainer.state.global_step
     if step == trainer.state.global_step:
-        healer.write(trainer.weights(), healing.out)
+        healer.write(last, healing.out)
     elif step:
         healer.write(trainer.best_weights(), healing.out)
     else:
@@ -110,14 +133,14 @@ def _kept(trainer: HealingTrainer, healer: Healer, healing: Healing) -> str:
     return f"; the best so far, of step {step} (held-out loss {loss:.4f}), is in {folder}"
 
 
-def _report(trainer: HealingTrainer, windows: int, length: int) -> dict[str, Any]:
+def _report(trainer: HealingTrainer, tokens: int) -> dict[str, Any]:
     losses = [row["loss"] for row in trainer.rows if "loss" in row]
     seen = trainer.state.num_input_tokens_seen
     report: dict[str, Any] = {
         "steps": trainer.state.global_step,
         "stopped": trainer.stopped,
         "tokens": seen,
-        "passes": seen / (windows * length),
+        "passes": seen / tokens,
         "first_loss": losses[0],
         "last_loss": losses[-1],
         "trainable": sum(weight.numel() for weight in trainer.weights().values()),
@@ -130,65 +153,25 @@ def _report(trainer: HealingTrainer, windows: int, length: int) -> dict[str, Any
     return report
 
 
-def _check(healing: Healing, windows: int) -> None:
-    source, params = healing.source, healing.params
-    if Checkpoint(source).quantized:
-        raise HealingError(f"{source}: already quantized; heal the dense checkpoint, then quantize")
-    if params.batch_size % params.micro_batch_size:
-        raise HealingError(
-            f"batch_size {params.batch_size} is not a multiple of micro_batch_size "
-            f"{params.micro_batch_size}"
-        )
-    passes = params.steps * params.batch_size / windows
-    if passes > _MANY_PASSES:
-        log.warning(
-            "heal: %d steps of %d windows go %.0f times over %d windows, which learns them by "
-            "heart: give more text.healing.windows, or fewer heal.steps",
-            params.steps, params.batch_size, passes, windows,
-        )  # fmt: skip
-
-
-def _arguments(healing: Healing, *, changing: bool) -> TrainingArguments:
-    params = healing.params
-    return TrainingArguments(
-        output_dir=str(healing.work),
-        max_steps=params.steps,
-        per_device_train_batch_size=params.micro_batch_size,
-        per_device_eval_batch_size=params.micro_batch_size,
-        eval_strategy="steps" if params.validation else "no",
-        eval_steps=params.evaluate_every,
-        eval_on_start=bool(params.validation),
-        gradient_accumulation_steps=params.batch_size // params.micro_batch_size,
-        learning_rate=params.learning_rate,
-        save_steps=params.save_every,
-        save_total_limit=2,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        include_num_input_tokens_seen="all",
-        report_to=[],
-        disable_tqdm=True,
-        seed=healing.seed,
-        data_seed=healing.seed,
-        use_cpu=healing.device == "cpu",
-        ddp_find_unused_parameters=changing,
-        bf16=healing.dtype == torch.bfloat16,
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-    )
-
-
 def _whole_checkpoint(work: Path) -> str | None:
     """The newest checkpoint in `work` that was written to its end, or None.
 
-    The Trainer writes trainer_state.json last; a folder without a readable one was cut off.
+    Of several processes each writes its random state, the first trainer_state.json after its
+    own; a folder that lacks any of them was cut off.
     """
     while work.is_dir() and (newest := get_last_checkpoint(str(work))):
-        try:
-            json.loads((Path(newest) / "trainer_state.json").read_text())
+        if _whole(Path(newest)):
             return str(newest)
-        except (OSError, ValueError):
-            shutil.rmtree(newest)
+        shutil.rmtree(newest)
     return None
+
+
+def _whole(folder: Path) -> bool:
+    try:
+        json.loads((folder / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return len(list(folder.glob("rng_state*.pth"))) == processes()
 
 
 def _save_metrics(rows: list[dict[str, Any]], path: Path) -> None:

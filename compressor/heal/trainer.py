@@ -11,15 +11,16 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerControl
 
 from compressor import progress
 from compressor.errors import HealingError
 from compressor.heal import TrainingParams, history
-from compressor.heal.healer import Batch, Loss, Weights
+from compressor.heal.healer import Batch, Loss, Weights, document_positions
 
 _KEPT = ("loss", "grad_norm", "learning_rate")
 _BESIDE = "beside"
@@ -29,16 +30,25 @@ _SPENT = "seconds.json"
 class Windows(Dataset[Batch]):
     """Rows of windows (N, T), each with its index."""
 
-    def __init__(self, tokens: Tensor, rows: range) -> None:
-        """Serve these rows of `tokens`."""
-        self._tokens, self._rows = tokens, rows
+    def __init__(self, tokens: Tensor, rows: range, end: int | None = None) -> None:
+        """Serve these rows of `tokens`; documents are apart where their `end` is given."""
+        self._tokens, self._rows, self._end = tokens, rows, end
 
     def __len__(self) -> int:
         return len(self._rows)
 
+    def share(self, rank: int, count: int) -> Windows:
+        """What one of `count` processes sees of them."""
+        return Windows(self._tokens, self._rows[rank::count], self._end)
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self._rows[index]
-        return {"input_ids": self._tokens[row], "index": row}
+        tokens = self._tokens[row]
+        if self._end is None:
+            return {"input_ids": tokens, "index": row}
+        places = document_positions(tokens, self._end)
+        labels = tokens.masked_fill(places == 0, -100)
+        return {"input_ids": tokens, "index": row, "position_ids": places, "labels": labels}
 
 
 class HealingTrainer(Trainer):
@@ -87,11 +97,11 @@ class HealingTrainer(Trainer):
     def weights(self) -> Weights:
         """The parameters that train, by name."""
         parameters = dict(self._inner.named_parameters())
-        return {name: parameters[name].detach() for name in self._trained}
+        return {name: _gathered(parameters[name].detach()) for name in self._trained}
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
-        if self._beside and output_dir:  # an adapter's file has no place for it
+        if self._beside and output_dir and self.args.should_save:  # adapters have no place for it
             save_file(self._beside.state_dict(), Path(output_dir) / f"{_BESIDE}.safetensors")
 
     def _load_from_checkpoint(self, folder: str, model: nn.Module | None = None) -> None:
@@ -153,17 +163,24 @@ class HealingTrainer(Trainer):
         step = self.state.global_step
         if self.eval_dataset is None or step in dict(history.held_out(self.rows)):
             return
-        self._inner.eval()
-        total = 0.0
-        for inputs in self.get_eval_dataloader():
-            with self.compute_loss_context_manager():
-                loss = self._loss(self._inner, self._prepare_inputs(inputs))
-            total += float(loss) * len(inputs["input_ids"])
-        self._record({"held_out_loss": total / len(self.eval_dataset)})  # type: ignore[arg-type]
+        self._record({"held_out_loss": self._held_out_loss()})
         if history.best(self.rows)[0] == step and step:
             self._save_best(step)
         if self._settings.patience and history.stale(self.rows) >= self._settings.patience:
             self._stop("patience")
+
+    def _held_out_loss(self) -> float:
+        """Mean loss of the held-out windows, each process taking its share of them."""
+        held: Windows = self.eval_dataset  # type: ignore[assignment]
+        mine = held.share(self.args.process_index, self.args.world_size)
+        total = torch.zeros((), device=self.args.device, dtype=torch.float64)
+        self._inner.eval()
+        for inputs in DataLoader(mine, self.args.eval_batch_size):
+            with self.compute_loss_context_manager():
+                loss = self._loss(self._inner, self._prepare_inputs(inputs))
+            total += loss.double() * len(inputs["input_ids"])
+        total = self.accelerator.reduce(total, "sum")  # type: ignore[assignment]
+        return float(total) / len(held)
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: Optimizer | None = None
@@ -231,11 +248,17 @@ class HealingTrainer(Trainer):
         return self._work / f"best-{step}.safetensors"
 
     def _save_best(self, step: int) -> None:
+        weights = {name: weight.contiguous() for name, weight in self.weights().items()}
         if self.is_world_process_zero():
             draft = self._work / ".best"
             self._work.mkdir(parents=True, exist_ok=True)
-            save_file({n: w.contiguous() for n, w in self.weights().items()}, draft)
+            save_file(weights, draft)
             draft.rename(self._best(step))
+
+
+def _gathered(weight: Tensor) -> Tensor:
+    """A weight of which the processes hold shards (FSDP), whole; in all of them at once."""
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 def _spent(work: Path) -> float:

@@ -48,4 +48,4 @@ def replace(model: nn.Module, weights: Weights, source: Path, out: Path) -> None
 
 
 def _cast(weight: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda old: weight.to("cpu", old.dtype)
+    return lambda old: weight.to("cpu", old.dtype, copy=True)  # tied tensors share no memory

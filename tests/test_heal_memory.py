@@ -1,0 +1,164 @@
+"""The forecast of memory, and what is said when it runs out."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from compressor.errors import HealingError
+from compressor.heal import LastBlocksParams, LisaParams, LoraParams, TrainingParams, memory
+from compressor.heal.healer import Healer
+from compressor.heal.last_blocks import thawed
+from compressor.heal.lisa import sampled
+from compressor.heal.lora import adapter
+from compressor.heal.trainer import HealingTrainer
+from tests.healing import PARAMS, run, task
+from tests.tiny import save_tiny, tiny, tokens
+
+ROOT = Path(__file__).parents[1]
+MEASURE = """
+import sys
+from pathlib import Path
+from compressor.heal import METHODS
+from compressor.heal.healer import Healing
+from pipelines.run import peak, reset_peak
+from tests.tiny import tokens
+import json
+method, settings = sys.argv[1], json.loads(sys.argv[2])
+row = METHODS[method]
+train = row.load()
+reset_peak()
+report = train(Healing(Path("source"), Path("out"), Path("work"), tokens(8, 256),
+    row.params(**settings), 0, "cpu"))
+print(json.dumps([peak(), report["forecast"]]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("method", "checkpointing"),
+    [
+        ("lora", False),
+        pytest.param("lora", True, marks=pytest.mark.slow),
+        pytest.param("lisa", False, marks=pytest.mark.slow),
+    ],
+)
+def test_the_peak_stays_under_the_forecast(
+    method: str, checkpointing: bool, tmp_path: Path
+) -> None:
+    """12 M weights, windows of 256 tokens, four at a time, in a process of its own."""
+    size = {"hidden_size": 256, "intermediate_size": 1024, "vocab_size": 4096}
+    save_tiny(tmp_path / "source", "llama", **size, num_hidden_layers=8)
+    settings = {"steps": 2, "batch_size": 4, "micro_batch_size": 4, "validation": 0}
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, method,
+         json.dumps({**settings, "checkpointing": checkpointing})],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    peak, forecast = json.loads(done.stdout)
+    assert peak < forecast["total"], forecast
+    grown = peak - forecast["resident"]
+    assert forecast["total"] - forecast["resident"] < 3 * grown
+
+
+def trained(healer: Healer) -> int:
+    return sum(p.numel() for p in healer.model.parameters() if p.requires_grad)
+
+
+def test_gradients_and_moments_are_those_of_what_trains(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "source", "llama")
+    model = tiny("llama")
+    block = sum(p.numel() for p in model.model.layers[0].parameters())
+    outside = sum(p.numel() for p in model.parameters()) - 4 * block
+    expected = {
+        adapter: (PARAMS, 4 * 4 * 3 * (32 + 48)),
+        sampled: (LisaParams(blocks=2), outside + 2 * block),
+        thawed: (LastBlocksParams(blocks=1), block + 32 + 96 * 32),
+    }
+    for method, (params, count) in expected.items():
+        healing = task(tmp_path, params)
+        found = memory.forecast(healing, method(healing))  # type: ignore[operator]
+        assert found["gradients"] == 4 * count
+        assert found["optimizer"] == 8 * count
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_activations_are_continued_exactly(attention: str, tmp_path: Path) -> None:
+    """What three short windows tell of 128 tokens is what 128 tokens keep."""
+    model = save_tiny(tmp_path / "source", "llama")
+    model.set_attn_implementation(attention)
+    healing = task(tmp_path)
+    windows = tokens(1, 128)
+    object.__setattr__(healing, "tokens", windows)
+    found = memory._continued(model, healing, 128)
+    assert found == pytest.approx(memory._saved(model, windows), rel=0.01)
+    maps = 4 * 4 * 128 * 128 * 4  # blocks, heads, T, T, bytes
+    assert (found > 2 * maps) is (attention == "eager")
+
+
+def test_the_probes_draw_no_random_number(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "source", "llama")
+    healing = task(tmp_path)
+    healer = adapter(healing)
+    before = torch.get_rng_state()
+    memory.forecast(healing, healer)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_too_little_memory_is_told_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_tiny(tmp_path / "source", "llama")
+    monkeypatch.setattr(memory, "_free", lambda device: 1000)
+    run(tmp_path)
+    assert "GiB are free; set heal.checkpointing: true, or heal with qlora" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"
+        ),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        MemoryError(),
+    ],
+)
+def test_running_out_of_memory_is_explained(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny(tmp_path / "source", "llama")
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(HealingTrainer, "training_step", fail)
+    with pytest.raises(
+        HealingError, match=r"out of memory at step 1; lower heal\.micro_batch_size"
+    ):
+        run(tmp_path, PARAMS.model_copy(update={"micro_batch_size": 2}))
+
+
+def test_other_errors_stay_what_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_tiny(tmp_path / "source", "llama")
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(HealingTrainer, "training_step", fail)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        run(tmp_path)
+
+
+def test_remedies_name_what_is_left() -> None:
+    assert memory.remedies(TrainingParams(checkpointing=True)) == "or heal with qlora"
+    assert "now 4" in memory.remedies(LoraParams(micro_batch_size=4))
