@@ -26,6 +26,9 @@ HEADINGS = (
 )  # fmt: skip
 
 
+_BUSY = 0.05  # share of waiting from which the rates say more of others than of the model
+
+
 @click.command()
 @click.argument("models", nargs=-1, required=True, metavar="FOLDER|RUN...")
 @click.option(
@@ -159,19 +162,26 @@ def as_markdown(report: dict[str, Any]) -> str:
 
 
 def protocol(report: dict[str, Any]) -> str:
-    """What the figures rest on, in a sentence or two."""
+    """What the figures rest on, and whether other work disturbed them."""
     asked, machine = report["settings"], report["machine"]
     speeds = ", ".join(
         f"{each['max'] / 1e9:.1f} GB/s with {threads} thread{'s' if threads != '1' else ''}"
         for threads, each in report["bandwidth"].items()
     )
-    return (
+    said = (
         f"{machine['processor']}, {machine['cores']} cores; a prompt of {asked['prompt_tokens']} "
         f"tokens and {asked['new_tokens']} new ones, batch 1; median ± farthest of "
-        f"{asked['repeats']} rounds, each in a fresh process, in turns; load: Python's libraries "
-        "included; first token: of the first request. Roofline: memory read at its best "
-        f"({speeds}) over the weights and cache that a token reads"
+        f"{asked['repeats']} rounds, each in a fresh process, in turns. Load counts importing the "
+        "runtime; first token is that of the first request. Roofline: memory read at its best "
+        f"({speeds}) over the weights and cache that a token reads."
     )
+    waited = max(row["waited"] for row in report["rows"])
+    if waited > _BUSY:
+        said += (
+            f" The machine was busy: up to {100 * waited:.0f} % of the time a process waited for "
+            "a processor, so read the ratios and not the rates."
+        )
+    return said
 
 
 def _counts(text: str) -> tuple[int, ...]:

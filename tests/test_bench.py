@@ -19,7 +19,7 @@ from compressor.export import onnx as onnx_export
 from compressor.export.decoder_graph import build
 from compressor.quantize import RtnParams
 from compressor.quantize.driver import quantize
-from compressor.runtimes import Target, energy, find, roofline
+from compressor.runtimes import Target, counters, find, roofline
 from compressor.runtimes import bench as library
 from compressor.runtimes.bench import Case, Settings, bench, in_fresh_process
 from compressor.runtimes.roofline import bandwidth, weight_bytes
@@ -45,7 +45,7 @@ def answers() -> Iterator[dict[str, Any]]:
         yield {
             "device": "cpu", "load_seconds": seconds, "peak_bytes": int(100 * seconds),
             "prompt_tokens": 8, "new_tokens": 4, "first": 0.5, "prefill": [2.0],
-            "decode": [seconds], "joules": [8.0], "cache_bytes": 120,
+            "decode": [seconds], "joules": [8.0], "cache_bytes": 120, "waited": seconds / 8,
         }  # fmt: skip
         seconds *= 2
 
@@ -81,6 +81,7 @@ def test_the_arithmetic_of_a_row(report: dict[str, Any], exported: Path) -> None
     assert a["prefill"] == {"median": 4.0, "min": 4.0, "max": 4.0}
     assert a["peak_bytes"] == 1600
     assert a["joules_per_token"]["median"] == 2.0
+    assert a["waited"] == (1 / 8 + 16 / 8) / (2 + 1 + 2 + 16)
     # 120 bytes of cache for 12 tokens; steps 1 .. 4 read 9 .. 12 tokens, 10.5 on average
     read = weight_bytes(find(exported)) + 10 * 10.5
     assert a["bytes_per_token"] == round(read)
@@ -104,7 +105,7 @@ def test_the_report_has_a_schema_and_is_json(report: dict[str, Any]) -> None:
         assert row.keys() == {
             "label", "folder", "runtime", "device", "threads", "bytes", "load_seconds",
             "first_token_seconds", "prefill", "decode", "peak_bytes", "bytes_per_token", "roofline",
-            "roofline_multiple", "joules_per_token",
+            "roofline_multiple", "waited", "joules_per_token",
         }  # fmt: skip
 
 
@@ -158,15 +159,31 @@ def test_bandwidth_is_bytes_over_the_best_pass(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_energy_is_the_sum_of_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(energy, "POWERCAP", tmp_path)
-    monkeypatch.setattr(energy, "_nvml", lambda: None)
-    assert energy.joules() is None
+    monkeypatch.setattr(counters, "POWERCAP", tmp_path)
+    monkeypatch.setattr(counters, "_nvml", lambda: None)
+    assert counters.joules() is None
     for name, value in {"intel-rapl:0": 3_000_000, "intel-rapl:1": 500_000}.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "energy_uj").write_text(f"{value}\n")
     (tmp_path / "intel-rapl:0:0").mkdir()  # a part of package 0, counted there
     (tmp_path / "intel-rapl:0:0/energy_uj").write_text("1000000\n")
-    assert energy.joules() == 3.5
+    assert counters.joules() == 3.5
+
+
+def test_waiting_is_read_where_the_system_counts_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(counters, "SCHEDULE", tmp_path / "schedstat")
+    assert counters.seconds_waited() == 0
+    (tmp_path / "schedstat").write_text("9000000000 2500000000 7\n")
+    assert counters.seconds_waited() == 2.5
+
+
+def test_a_busy_machine_is_named(report: dict[str, Any]) -> None:
+    assert "up to 12 % of the time" in as_markdown(report)
+    for row in report["rows"]:
+        row["waited"] = 0.04
+    assert "busy" not in as_markdown(report)
 
 
 def test_a_fresh_process_measures(exported: Path) -> None:

@@ -144,6 +144,7 @@ def _row(
     per_token = answers[0]["cache_bytes"] / (prompt + new)
     read = weights + per_token * (prompt + (new + 1) / 2)
     decode = rates(new, [s for a in answers for s in a["decode"]])
+    running = [s for a in answers for s in (*a["prefill"], *a["decode"])]
     energy = [j / new for a in answers for j in a["joules"]]
     floor = bytes_per_second / read
     return {
@@ -161,5 +162,6 @@ def _row(
         "bytes_per_token": round(read),
         "roofline": floor,
         "roofline_multiple": floor / decode["median"],
+        "waited": sum(a["waited"] for a in answers) / sum(running),
         "joules_per_token": spread(energy) if energy else None,
     }

@@ -22,7 +22,7 @@ from compressor.errors import CompressError, InferenceError
 from compressor.memory import peak
 from compressor.runtimes import Target
 from compressor.runtimes.base import Facts, Runtime
-from compressor.runtimes.energy import joules
+from compressor.runtimes.counters import joules, seconds_waited
 
 _WARM_STEPS = 4
 
@@ -35,6 +35,7 @@ class Rounds:
         first: from the prompt to its first token, of the first request after loading.
         prefill, decode: of each round after that, the prompt and the `new_tokens` behind it.
         joules: of each decode, where the machine tells.
+        waited: seconds of all rounds in which other work had the processor.
         cache_bytes: keys and values at the end of a round.
     """
 
@@ -44,6 +45,7 @@ class Rounds:
     prefill: list[float] = field(default_factory=list)
     decode: list[float] = field(default_factory=list)
     joules: list[float] = field(default_factory=list)
+    waited: float = 0.0
     cache_bytes: int = 0
 
 
@@ -75,12 +77,14 @@ def time_rounds(runtime: Runtime, *, prompt_tokens: int, new_tokens: int, repeat
     prompt = np.random.default_rng(0).integers(runtime.facts.vocabulary, size=prompt_tokens)
     rounds = Rounds(prompt_tokens, new_tokens)
     rounds.first, _, _ = _round(runtime, prompt.tolist(), min(_WARM_STEPS, new_tokens))
+    before = seconds_waited()
     for _ in range(repeats):
         prefill, decode, energy = _round(runtime, prompt.tolist(), new_tokens)
         rounds.prefill.append(prefill)
         rounds.decode.append(decode)
         if energy is not None:
             rounds.joules.append(energy)
+    rounds.waited = seconds_waited() - before
     rounds.cache_bytes = runtime.cache_bytes
     return rounds
 

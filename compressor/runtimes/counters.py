@@ -1,4 +1,4 @@
-"""Energy of the whole machine's processors and GPUs, where their counters can be read."""
+"""What the system counts beside time: energy used, and waiting for a processor."""
 
 from __future__ import annotations
 
@@ -8,6 +8,15 @@ from pathlib import Path
 from typing import Any
 
 POWERCAP = Path("/sys/class/powercap")
+SCHEDULE = Path("/proc/thread-self/schedstat")
+
+
+def seconds_waited() -> float:
+    """How long this thread was ready to run while others had the processors; 0 where unknown."""
+    try:
+        return int(SCHEDULE.read_text().split()[1]) / 1e9
+    except (OSError, IndexError):
+        return 0.0
 
 
 def joules() -> float | None:
