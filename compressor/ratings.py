@@ -69,10 +69,10 @@ def median(parts: Parts) -> float:
     """
     ends = _ends(parts, lambda bits: bits.bitwise_right_shift(_LOWER), 1 << (31 - _LOWER))
     rank = (int(ends[-1]) - 1) // 2
-    before = (int(torch.searchsorted(ends, rank, right=True)) << _LOWER) - 1
-    width = (1 << _LOWER) + 2  # the patterns of that upper half, all below and all above
-    ends = _ends(parts, lambda bits: bits.sub(before).clamp_(0, width - 1), width)
-    bits = before + torch.searchsorted(ends, rank, right=True)
+    least = int(torch.searchsorted(ends, rank, right=True)) << _LOWER
+    beyond = 1 << _LOWER  # smaller patterns count as the least of that half, larger as this
+    ends = _ends(parts, lambda bits: bits.sub(least).clamp_(0, beyond), beyond + 1)
+    bits = least + torch.searchsorted(ends, rank, right=True)
     return float(bits.int().view(torch.float32))
 
 
@@ -80,7 +80,7 @@ _LOWER = 16
 
 
 def _ends(parts: Parts, bin_of: Callable[[Tensor], Tensor], bins: int) -> Tensor:
-    """How many elements lie in each bin of their bit patterns or one before, (bins,) int64."""
+    """How many elements lie in each bin of bit patterns or one before it, (bins,) int64."""
     counts = torch.zeros(bins, dtype=torch.long)
     for part in parts():
         bits = part.flatten().view(torch.int32)
