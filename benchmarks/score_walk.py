@@ -37,8 +37,8 @@ TEN = (
     "activity",
     "residual",
 )
-USUAL = ("bare walk", "ten scores", "ten and attention_rank")
-OPTIONS: dict[str, dict[str, Any]] = {"angular_distance": {"positions": "all"}}
+USUAL = ("bare walk", "ten scores", "ten, all positions", "ten and attention_rank")
+ALL: dict[str, dict[str, Any]] = {"angular_distance": {"positions": "all"}}
 
 
 @click.command()
@@ -73,8 +73,8 @@ def main(
         for _ in walk(Stream(Decoder(model), tokens, batch_size)):
             pass
 
-    def scores(*names: str) -> Callable[..., None]:
-        asked = {name: METHODS[name].params(**OPTIONS.get(name, {})) for name in names}
+    def scores(*names: str, **options: dict[str, Any]) -> Callable[..., None]:
+        asked = {name: METHODS[name].params(**options.get(name, {})) for name in names}
 
         def run(tokens: Tensor = tokens) -> None:
             found = score(model, tokens, asked, batch_size=batch_size)
@@ -87,6 +87,7 @@ def main(
         "bare forward": forward,
         "bare walk": bare_walk,
         "ten scores": scores(*TEN),
+        "ten, all positions": scores(*TEN, **ALL),
         "ten and attention_rank": scores(*TEN, "attention_rank"),
         "zd": scores("zd"),
         "lamp": scores("lamp"),

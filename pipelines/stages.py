@@ -238,9 +238,10 @@ def _pruned_without_selection(job: Job) -> dict[str, Any]:
     return prune(source, job.out, tokens, device=job.device, batch_size=batch_size, **params)
 
 
-def _dropped(selection: Selection) -> dict[str, list[int]]:
-    """What goes, by kind; of sublayers only where some do."""
-    sublayers = {"drop_attention": selection.drop_attention, "drop_ffn": selection.drop_ffn}
+def _dropped(selection: Selection) -> dict[str, Any]:
+    """What goes or is shared, by kind; of sublayers only where some are."""
+    kinds = {"drop_attention", "drop_ffn", "reuse_attention", "reuse_ffn"}
+    sublayers = selection.model_dump(mode="json", include=kinds)
     return {"drop_blocks": selection.drop_blocks} | {k: v for k, v in sublayers.items() if v}
 
 

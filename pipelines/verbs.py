@@ -161,13 +161,14 @@ def prune(selection: Path | None = None, **params: Any) -> dict[str, Any]:
         return {"stages": [{"prune": params}]}
     if (selection is None) == (not lists):
         raise click.UsageError("give either --selection or some of --blocks, --attention, --ffn")
-    drop = {kind: parse_blocks(listed, f"--{kind}") for kind, listed in lists.items()}
+    parts: dict[str, Any] = {
+        kind: parse_blocks(listed, f"--{kind}") for kind, listed in lists.items()
+    }
     if selection:
         chosen = Selection.load(selection)
-        if chosen.reuse_attention or chosen.reuse_ffn:
-            raise SelectionError(f"{selection}: sublayers with shared weights cannot be written")
-        drop = {kind: getattr(chosen, f"drop_{kind}") for kind in _OWN}
-    return {"stages": [{"select": {"method": "fixed", **drop}}, {"prune": params}]}
+        parts = {kind: getattr(chosen, f"drop_{kind}") for kind in _OWN}
+        parts |= {"reuse_attention": chosen.reuse_attention, "reuse_ffn": chosen.reuse_ffn}
+    return {"stages": [{"select": {"method": "fixed", **parts}}, {"prune": params}]}
 
 
 @alone("heal", "healing")

@@ -37,7 +37,7 @@ LAYERS = (
     {"fetch", "artifact", "records", "checkpoint", "moments", "layouts"},
     {"blocks", "dense"},
     {"decoder"},
-    {"walk", "model", "text", "sublayers", "magnitude"},
+    {"walk", "model", "text", "sublayers", "magnitude", "ratings"},
     {"cut", "inputs", "targets"},
     {"trial", "backward", "teacher", "runtimes"},
 )

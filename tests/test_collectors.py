@@ -14,15 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity as cos
 
+from compressor import ratings
 from compressor.blocks import LINEAR, Blocks, hidden, weight_of
 from compressor.decoder import Decoder, all_finite
 from compressor.errors import NotApplicable
+from compressor.ratings import mean, median
 from compressor.records import Scores
-from compressor.score import METHODS, pieces
+from compressor.score import METHODS
 from compressor.score.activity import Activity
 from compressor.score.block_influence import LayerInputModification
 from compressor.score.collect import score
-from compressor.score.outliers import InputNorms, mean, median
+from compressor.score.outliers import InputNorms
 from compressor.score.stream import StreamNorms
 from compressor.score.sublayer_cosine import branch_cosines, guarded
 from compressor.score.zd import far_share
@@ -296,7 +298,7 @@ def test_matrices_in_pieces_give_the_same(
     name: str, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = ask(llama, name).block[name]
-    monkeypatch.setattr(pieces, "_CACHED", 64)
+    monkeypatch.setattr(ratings, "_CACHED", 64)
     assert ask(llama, name).block[name] == pytest.approx(whole, rel=1e-5)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
@@ -17,6 +18,7 @@ from compressor.checkpoint import Checkpoint
 from compressor.decoder import Decoder, skeleton
 from compressor.errors import CompressError, NotApplicable, SelectionError
 from compressor.prune.driver import prune
+from compressor.prune.sublayers import _check_exchange
 from compressor.records import Selection
 from compressor.trial import Trial
 from compressor.walk import Stream, walk
@@ -186,3 +188,21 @@ def test_what_is_gone_cannot_be_shared(tmp_path: Path) -> None:
     expected = logits(built(tiny("llama"), "llama", chosen))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(logits(model), expected)
+
+
+def test_branches_of_other_parts_are_not_exchanged() -> None:
+    """Another width, or a module inside that counts blocks and would count wrongly."""
+
+    def layers(width: int, counting: bool) -> nn.ModuleList:
+        blocks = nn.ModuleList(nn.Module() for _ in range(2))
+        for block, size in zip(blocks, (8, width), strict=True):
+            block.mlp = nn.Sequential(nn.Linear(8, size))
+            if counting:
+                block.mlp[0].layer_idx = 0
+        return blocks
+
+    branches = {"mlp": {"zero": "mlp", "identity": []}}
+    _check_exchange(layers(8, False), {0: {"mlp": 1}}, branches)
+    for width, counting in ((16, False), (8, True)):
+        with pytest.raises(NotApplicable, match="block 0 cannot run with the mlp of block 1"):
+            _check_exchange(layers(width, counting), {0: {"mlp": 1}}, branches)

@@ -8,10 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from peft import PeftModel
 
+from compressor.checkpoint import Checkpoint
 from compressor.export import ExportParams
+from compressor.records import Selection
+from tests.test_prune_sublayers import load
 from tests.test_run import compress
-from tests.tiny import save_corpus, save_tiny, save_tokenizer
+from tests.tiny import save_corpus, save_tiny, save_tokenizer, tokens
 
 CONFIG = """\
 name: tiny
@@ -95,3 +100,31 @@ def test_the_command_line_removes_sublayers(project: Path) -> None:
     assert parity["greedy_equal"] == parity["greedy_tokens"] > 0
     config = json.loads((project / "exported/onnx/genai_config.json").read_text())
     assert config["model"]["decoder"]["num_hidden_layers"] == 1
+
+
+def test_shared_weights_from_a_selection_to_a_healed_checkpoint(project: Path) -> None:
+    """What `skrr` may choose: pruned, healed (its adapter serves both blocks) and evaluated."""
+    chosen = Selection(num_blocks=4, drop_ffn=[3], reuse_attention={1: 2}, reuse_ffn={0: 1})
+    chosen.save(project / "selection.json")
+    given = ("--selection", "selection.json", "-o", "shared", "--quiet")
+    result = compress(project, "prune", "model", *given)
+    assert result.returncode == 0, result.stderr
+    config = json.loads((project / "shared/config.json").read_text())
+    assert config["per_layer_config"] == {"3": {"skip": ["mlp"]}}
+    assert config["reused"] == {"0": {"mlp": 1}, "1": {"attention": 2}}
+    text = ("--text", "corpus.jsonl", "--field", "text", "--windows", "4", "--length", "16")
+    settings = ("--method", "lora", "--rank", "4", "--steps", "2", "--batch-size", "2")
+    healed = compress(project, "heal", "shared", *text, *settings, "-o", "healed", "--quiet")
+    assert healed.returncode == 0, healed.stderr
+    before, after = (Checkpoint(project / name) for name in ("shared", "healed"))
+    assert set(before.names) == set(after.names)
+    assert after.config["reused"] == config["reused"]
+    given_name = "model.layers.1.mlp.up_proj.weight"
+    assert not torch.equal(before.tensor(given_name), after.tensor(given_name))
+    model = load(project / "healed").eval()
+    ids = tokens()
+    with torch.no_grad():
+        expected = model(ids).logits
+    adapted = PeftModel.from_pretrained(load(project / "shared"), project / "healed/adapter").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(adapted(ids).logits, expected, rtol=1e-4, atol=1e-4)

@@ -86,6 +86,16 @@ def test_lowest_and_fixed_of_sublayers() -> None:
         fixed(table, blocks=(), attention=(0, 1, 2, 3), ffn=(0, 1, 2, 3))
 
 
+def test_fixed_takes_sublayers_to_share() -> None:
+    table = Scores(num_blocks=4)
+    given = fixed(table, blocks=(0,), ffn=(1,), reuse_attention={1: 2}, reuse_ffn={3: 2})
+    assert (given.reuse_attention, given.reuse_ffn) == ({1: 2}, {3: 2})
+    assert (given.drop_blocks, given.drop_ffn) == ([0], [1])
+    for giver in (0, 1, 4):
+        with pytest.raises(SelectionError, match=f"ffn 3 cannot run with the weights of {giver}"):
+            fixed(table, blocks=(0,), ffn=(1,), reuse_ffn={3: giver})
+
+
 def test_joint_takes_the_lowest_of_both_lists() -> None:
     table = Scores(
         num_blocks=4,

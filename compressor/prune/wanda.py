@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from compressor.decoder import Decoder
 from compressor.errors import NotApplicable
 from compressor.inputs import input_norms
 from compressor.prune.sparse import open_dense, write_masked
+from compressor.ratings import median, ratings, share_above
 from compressor.sparsity import dlp_sparsities, owl_sparsities
 from compressor.walk import Stream, walk
 
@@ -102,9 +104,6 @@ def block_statistics(stream: Stream, outlier: float) -> list[tuple[float, float]
     for step in walk(stream, "sparsity of blocks"):
         linears = stream.decoder.blocks.linears(step.index)
         norms = input_norms(linears, step.advance())
-        metric = torch.cat(
-            [(weight_of(m).float().abs() * norms[name]).flatten() for name, m in linears.items()]
-        )
-        above = metric > outlier * metric.mean(dtype=torch.float64)
-        found.append((metric.median().item(), above.mean(dtype=torch.float64).item()))
+        parts = functools.partial(ratings, linears, norms)
+        found.append((median(parts), share_above(parts, outlier)))
     return found

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import functools
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from compressor.blocks import weight_of
 from compressor.decoder import Decoder
 from compressor.errors import NotApplicable
 from compressor.inputs import inputs_of
+from compressor.ratings import Parts, mean, median, pieces, ratings, share_above
 from compressor.records import Scores
 from compressor.score.collector import Collector, Watcher
-from compressor.score.pieces import count_above, pieces
 from compressor.walk import Step
 
 
@@ -49,17 +49,16 @@ class InputNorms(Watcher):
         with inputs_of(self._blocks.linears(step.index), see):
             yield
 
-    def ratings(self, index: int) -> Iterator[Tensor]:
-        """A = |W| ||X|| of each linear of a resident block, in float32, some rows at a time.
+    def ratings(self, index: int) -> Parts:
+        """Passes over A = |W| ||X|| of all linears of a resident block.
 
         Raises `NotApplicable` for a linear that the block's forward never runs.
         """
-        for name, linear in self._blocks.linears(index).items():
-            if name not in self._squares:
-                raise NotApplicable(f"{name} is never run by its block's forward")
-            norm = (self._squares[name] / self._windows).sqrt().float()
-            for rows in pieces(weight_of(linear)):
-                yield rows.abs().float().mul_(norm)
+        linears = self._blocks.linears(index)
+        for name in linears.keys() - self._squares.keys():
+            raise NotApplicable(f"{name} is never run by its block's forward")
+        norms = {name: (self._squares[name] / self._windows).sqrt().float() for name in linears}
+        return functools.partial(ratings, linears, norms)
 
 
 class Dlp(Collector):
@@ -80,10 +79,8 @@ class Dlp(Collector):
 
     def leave(self, index: int) -> None:
         """Gather one block."""
-        if self._statistic == "median":
-            self._saliency[index] = -median(lambda: self._inputs.ratings(index))
-        else:
-            self._saliency[index] = -mean(self._inputs.ratings(index))
+        parts = self._inputs.ratings(index)
+        self._saliency[index] = -(median(parts) if self._statistic == "median" else mean(parts()))
 
     def result(self) -> Scores:
         """One saliency per block."""
@@ -109,52 +106,8 @@ class Owl(Collector):
 
     def leave(self, index: int) -> None:
         """Gather one block."""
-        limit = self._multiple * mean(self._inputs.ratings(index))
-        above = count = 0
-        for ratings in self._inputs.ratings(index):
-            above += count_above(ratings, limit)
-            count += ratings.numel()
-        self._saliency[index] = above / count
+        self._saliency[index] = share_above(self._inputs.ratings(index), self._multiple)
 
     def result(self) -> Scores:
         """One saliency per block."""
         return Scores(num_blocks=len(self._saliency), block={"owl": self._saliency})
-
-
-def mean(parts: Iterable[Tensor]) -> float:
-    """Mean of all elements of all parts; sums in float32 within a part, in float64 over parts."""
-    total, count = 0.0, 0
-    for part in parts:
-        total += float(part.sum())
-        count += part.numel()
-    return total / count
-
-
-def median(parts: Callable[[], Iterable[Tensor]]) -> float:
-    """The exact lower median of all elements of all parts, which are float32 and not negative.
-
-    Such numbers order as their bit patterns do: one pass counts the patterns by their upper half,
-    the second those with the median's upper half by their lower one. Nothing is sorted and no
-    more than a part is held.
-    """
-    ends = _ends(parts, lambda bits: bits.bitwise_right_shift(_LOWER), 1 << (31 - _LOWER))
-    rank = (int(ends[-1]) - 1) // 2
-    before = (int(torch.searchsorted(ends, rank, right=True)) << _LOWER) - 1
-    width = (1 << _LOWER) + 2  # the patterns of that upper half, all below and all above
-    ends = _ends(parts, lambda bits: bits.sub(before).clamp_(0, width - 1), width)
-    bits = before + torch.searchsorted(ends, rank, right=True)
-    return float(bits.int().view(torch.float32))
-
-
-_LOWER = 16
-
-
-def _ends(
-    parts: Callable[[], Iterable[Tensor]], bin_of: Callable[[Tensor], Tensor], bins: int
-) -> Tensor:
-    """How many elements lie in each bin of their bit patterns or one before, (bins,) int64."""
-    counts = torch.zeros(bins, dtype=torch.long)
-    for part in parts():
-        bits = part.flatten().view(torch.int32)
-        counts += torch.bincount(bin_of(bits), minlength=bins).cpu()
-    return counts.cumsum(0)

@@ -6,9 +6,9 @@ from torch import Tensor
 
 from compressor.blocks import weight_of
 from compressor.decoder import Decoder
+from compressor.ratings import count_above, pieces
 from compressor.records import Scores
 from compressor.score.collector import Collector
-from compressor.score.pieces import count_above, pieces
 
 
 class ZScoreDistribution(Collector):

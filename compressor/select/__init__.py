@@ -71,6 +71,10 @@ class FixedParams(Params):
     blocks: Indices = Field((), description="the blocks to remove")
     attention: Indices = Field((), description="the blocks to remove the attention of")
     ffn: Indices = Field((), description="the blocks to remove the feed-forward of")
+    reuse_attention: dict[int, int] = Field(
+        {}, description="blocks whose attention runs with another's weights, and whose: {3: 2}"
+    )
+    reuse_ffn: dict[int, int] = Field({}, description="the same of feed-forwards")
 
 
 class SlebParams(Params):

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from pydantic import ValidationError
+
 from compressor.errors import SelectionError, did_you_mean
 from compressor.records import Scores, Selection
 from compressor.select.protect import Part, Unit, all_units, cut, free_units, protected
@@ -47,10 +52,14 @@ def fixed(
     blocks: tuple[int, ...],
     attention: tuple[int, ...] = (),
     ffn: tuple[int, ...] = (),
+    reuse_attention: Mapping[int, int] = MappingProxyType({}),
+    reuse_ffn: Mapping[int, int] = MappingProxyType({}),
 ) -> Selection:
     """Remove exactly the listed blocks and sublayers; negative indices count from the end.
 
-    A block that loses both sublayers goes whole. Raises `SelectionError` for one listed twice.
+    A block that loses both sublayers goes whole; `reuse_*` let blocks run with the weights of
+    others' sublayers. Raises `SelectionError` for one listed twice and for such pairs of which
+    one is gone.
     """
     lists = {"blocks": blocks, "attention": attention, "ffn": ffn}
     gone = {kind: protected(scores.num_blocks, listed) for kind, listed in lists.items()}
@@ -61,4 +70,9 @@ def fixed(
     free_units(len(whole), scores.num_blocks, "block", ())
     units = [("block", i) for i in whole]
     units += [(kind, i) for kind in ("attention", "ffn") for i in gone[kind] - whole]
-    return cut(scores.num_blocks, units, "the list that was given")
+    dropped = cut(scores.num_blocks, units, "the list that was given").model_dump()
+    shared = {"reuse_attention": dict(reuse_attention), "reuse_ffn": dict(reuse_ffn)}
+    try:
+        return Selection.model_validate(dropped | shared)
+    except ValidationError as error:
+        raise SelectionError(error.errors()[0]["msg"]) from error
