@@ -107,14 +107,7 @@ def test_tables_point_at_functions_that_take_the_parameters(verb: str) -> None:
         assert row.summary
         assert row.source
         assert row.cost
-        assert set(row.needs) <= {
-            "calibration",
-            "healing",
-            "evaluation",
-            "selection",
-            "parent",
-            "scores",
-        }
+        assert set(row.needs) <= ROLES
         target = row.load()
         assert inspect.getdoc(target)
         if verb in ("score", "select"):
