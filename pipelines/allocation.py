@@ -8,7 +8,7 @@ from torch import Tensor
 
 from compressor.allocate import AllocateParams
 from compressor.allocate.driver import allocate
-from compressor.allocate.errors import Probe
+from compressor.allocate.probe import Probe
 from compressor.decoder import Decoder
 from compressor.quantize import GridParams
 from compressor.quantize.options import Options

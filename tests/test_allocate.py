@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM
 
 from compressor.allocate import METHODS, AllocateParams, FisherParams, ImportanceParams
 from compressor.allocate.driver import Allocation, allocate, spend
-from compressor.allocate.errors import Probe
 from compressor.allocate.fisher import fisher
 from compressor.allocate.importance import importance, saliencies
+from compressor.allocate.probe import Probe
 from compressor.allocate.refine import MixedModel, refine
 from compressor.allocate.rule import greedy, hull
 from compressor.checkpoint import Checkpoint
@@ -435,10 +435,19 @@ def test_what_cannot_be_quantized_is_named(llama: Path) -> None:
     with pytest.raises(QuantizationError, match=r"q_proj: its 32 inputs .* group_size 64"):
         Options(Decoder(llama), GridParams(group_size=64), WIDTHS)
     probe, _ = probe_of(llama, tokens(1, 8))
-    with pytest.raises(CompressError, match=r"q_proj: its inputs hold NaN"):
+    with pytest.raises(QuantizationError, match=r"q_proj: its inputs hold NaN"):
         next(probe.differences(probe.units[0], torch.full((32, 32), math.nan)))
     with pytest.raises(QuantizationError, match=r"q_proj: its inputs are zero"):
         next(probe.differences(probe.units[0], torch.zeros(32, 32)))
+
+
+def test_a_cost_that_is_no_number_is_refused(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    probe, options = probe_of(llama, tokens(1, 8))
+    monkeypatch.setattr(
+        "compressor.allocate.fisher.energy", lambda off, _: off[:, 0].double() * math.nan
+    )
+    with pytest.raises(CompressError, match=r"layers.0.self_attn.q_proj: fisher gives .*nan"):
+        chosen(probe, options, average_bits=3)
 
 
 def test_functions_take_their_own_parameters() -> None:

@@ -35,7 +35,7 @@ class AllocateParams(Params):
     format: Literal["compressed-tensors", "gptq"] = Field(
         "compressed-tensors", description="what the file will be written in"
     )
-    max_windows: int = Field(4, gt=0, description="windows that costs are measured on")
+    max_windows: int = Field(8, gt=0, description="windows that costs are measured on")
     refine: int = Field(
         0, ge=0, description="losses of the rounded model to measure for swaps after the rule"
     )

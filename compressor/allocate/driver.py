@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from compressor.allocate import METHODS, AllocateParams
-from compressor.allocate.errors import Costs, Probe
+from compressor.allocate.probe import Costs, Probe
 from compressor.allocate.refine import MixedModel, Refined, refine
 from compressor.allocate.rule import greedy
-from compressor.errors import SelectionError
+from compressor.errors import CompressError, SelectionError
 from compressor.units import Unit
 
 
@@ -39,11 +39,18 @@ def allocate(probe: Probe, method: str, params: AllocateParams, dense_bytes: int
     """Widths of least cost within the budget; dense_bytes: what is not in the units.
 
     Raises `SelectionError` with the reachable range when no width meets the budget, before
-    anything is measured.
+    anything is measured, and `CompressError` for a cost that is not finite.
     """
     check_budget(params, probe.units, probe.widths, dense_bytes)
     own = params.model_dump(exclude={*AllocateParams.model_fields})
-    return spend(METHODS[method].load()(probe, **own), probe, params, dense_bytes)
+    costs: Costs = METHODS[method].load()(probe, **own)
+    for unit, cost in zip(probe.units, costs, strict=True):
+        if not all(map(math.isfinite, cost.values())):
+            raise CompressError(
+                f"{unit.names[0]}: {method} gives {cost}; a gradient or a score is not finite: "
+                "compute in float32 (device: cpu), or check the checkpoint for damage"
+            )
+    return spend(costs, probe, params, dense_bytes)
 
 
 def spend(costs: Costs, probe: Probe, params: AllocateParams, dense_bytes: int) -> Allocation:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from compressor.allocate.errors import Costs, Probe, energy
+from compressor.allocate.probe import Costs, Probe, energy
 from compressor.backward import Tape, backward
 from compressor.moments import Gram
 from compressor.walk import Stream, walk

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from compressor.allocate.errors import Costs, Probe, energy, stacked
+from compressor.allocate.probe import Costs, Probe, energy, stacked
 from compressor.errors import SelectionError, did_you_mean
 from compressor.inputs import inputs_of
 from compressor.moments import Gram

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from compressor import progress
-from compressor.allocate.errors import Probe
+from compressor.allocate.probe import Probe
 from compressor.allocate.rule import Table, hull
 from compressor.layouts import Codes
 from compressor.walk import Stream

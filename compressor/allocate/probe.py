@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from compressor.blocks import weight_of
 from compressor.decoder import Decoder
-from compressor.errors import CompressError, QuantizationError
+from compressor.errors import QuantizationError
 from compressor.layouts import Codes
 from compressor.records import Scores
 from compressor.units import Unit
@@ -19,6 +19,7 @@ Costs = list[dict[int, float]]
 """Per unit, what each width costs."""
 
 Rounding = Callable[[Tensor, Tensor, int], Codes]
+"""A weight (O, I) in codes of some bits, given what is known of its inputs."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +60,8 @@ class Probe:
     def differences(self, unit: Unit, gram: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Yield (bits, W - Q) for every width, (O, I) float32; gram: mean of x x^T (I, I).
 
-        Raises `QuantizationError` naming the unit when it cannot be quantized, `CompressError`
-        when its inputs are not finite.
+        Raises `QuantizationError` naming the unit when it cannot be quantized.
         """
-        if not torch.isfinite(gram).all():
-            raise CompressError(
-                f"{unit.names[0]}: its inputs hold NaN or infinity; compute in float32"
-            )
         weight = stacked(self.linears(unit))
         self.energies[unit.names[0]] = gram.diagonal().clone()
         for bits in self.widths:
