@@ -93,7 +93,7 @@ def floor_gflop(folder: Path, windows: int, length: int) -> dict[str, float]:
             outputs = sum(weight_of(linear).shape[0] for linear in group.values())
             total["forwards"] += 2 * 2 * tokens * inputs * outputs
             total["moments"] += (1 + 2) * tokens * inputs**2
-            total["solves"] += inputs**3 + 4 * inputs**2 * outputs + 2 * inputs**2 * outputs
+            total["solves"] += inputs**3 + 5 * inputs**2 * outputs
         total["forwards"] += 2 * 2 * 2 * tokens * length / 2 * width
     return {name: len(blocks) * flop / 1e9 for name, flop in total.items()}
 
@@ -120,13 +120,13 @@ def main() -> None:
     parser.add_argument("calibration", type=Path)
     for name, default in (("bits", 4), ("group-size", 64), ("windows", 8), ("length", 512)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--asymmetric", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
     text = load_tokenizer(args.model)(args.calibration.read_text(encoding="utf-8"))["input_ids"]
     tokens = torch.tensor(text[: args.windows * args.length]).view(args.windows, args.length)
-    params, imported, clock = (
-        GptqParams(bits=args.bits, group_size=args.group_size), peak_mb(), Clock(),
-    )  # fmt: skip
+    params = GptqParams(bits=args.bits, group_size=args.group_size, symmetric=not args.asymmetric)
+    imported, clock = peak_mb(), Clock()
     clock.watch()
     with tempfile.TemporaryDirectory() as out:
         clock.timed("everything else", driver.quantize)(

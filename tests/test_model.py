@@ -242,3 +242,23 @@ def test_gguf_from_an_installed_package(out: Path) -> None:
         [{"role": "user", "content": "hi"}], tokenize=False
     )
     assert "quantization_config" not in json.loads((out / "config.json").read_text())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_a_dropped_shell_comes_back_when_it_is_needed(family: str, tmp_path: Path) -> None:
+    """Tied and untied heads; nothing but the blocks' place holders is left meanwhile."""
+    model = save_tiny(tmp_path, family, tie_word_embeddings=family == "llama")
+    decoder = Decoder(tmp_path)
+    for read in (decoder.embed, lambda t: decoder.logits(decoder.embed(t))):
+        before = read(tokens(2))
+        decoder.drop_shell()
+        decoder.drop_shell()
+        assert all(each.is_meta for each in decoder.model.parameters())
+        assert torch.equal(read(tokens(2)), before)
+    x = torch.randn(2, 24, 32)
+    before = decoder.logits(x)
+    decoder.drop_shell()
+    assert torch.equal(decoder.logits(x), before)
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    shell = decoder.model
+    assert (shell.get_input_embeddings().weight is shell.get_output_embeddings().weight) == tied

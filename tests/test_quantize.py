@@ -22,7 +22,7 @@ from compressor.quantize import GptqParams, RtnParams
 from compressor.quantize.driver import quantize
 from compressor.quantize.gptq import gptq, inverse_factor, sweep
 from compressor.quantize.grid import Grid, QuantizedWeight
-from compressor.quantize.inputs import Group, input_groups
+from compressor.quantize.inputs import Group, input_groups, stream_writers
 from compressor.quantize.rtn import rtn
 from compressor.quantize.turns import Moments, quantize_in_turn
 from compressor.walk import Step, Stream, walk
@@ -304,13 +304,19 @@ def test_batches_give_the_moments_of_one_batch(family: str, tmp_path: Path) -> N
 
             def halve(group: Group, moments: Moments, seen: dict[str, Tensor] = seen) -> None:
                 assert moments.cross is not None
-                seen[group.leader] = torch.stack([moments.gram, moments.cross])
+                seen[group.leader] = torch.cat([moments.gram, moments.cross])
+                if moments.lag is not None:
+                    seen[f"{group.leader} lag"] = moments.lag
                 for linear in group.values():
                     linear.weight.data *= 0.5
 
             original = Step(twin, step.index, copy.deepcopy(step.block))
             groups = input_groups(decoder, decoder.embed(tokens(1)), step.index)
-            quantize_in_turn(step, original, groups, halve)
+            ends = {groups[i].leader: groups[i][groups[i].leader] for i in (1, 3)}
+            writers = stream_writers(decoder, decoder.embed(tokens(1)), step.index, ends)
+            assert len(writers) == 2
+            quantize_in_turn(step, original, groups, halve, writers)
+            assert {name.removesuffix(" lag") for name in seen if " " in name} == writers
             for each in (step, original):
                 for _ in each.advance():
                     pass
@@ -320,8 +326,8 @@ def test_batches_give_the_moments_of_one_batch(family: str, tmp_path: Path) -> N
     once = moments(5)
     for batch_size in (1, 2, 4):
         torch.testing.assert_close(moments(batch_size), once, rtol=1e-4, atol=1e-4)
-    first = next(iter(once[0].values()))
-    assert not first[1].any() and once[1][next(iter(once[1]))][1].any()
+    first, later = (next(iter(found.values())) for found in once[:2])
+    assert not first[32:].any() and later[32:].any()
 
 
 def test_with_one_batch_nothing_runs_twice(tmp_path: Path) -> None:

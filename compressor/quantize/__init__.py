@@ -55,7 +55,6 @@ class PropagatingParams(GridParams):
     ridge: Ridge | dict[Kind, Ridge] | None = Field(
         None, description="ridge of the correction over the gram's mean diagonal, over the set's"
     )
-
     catch_up: Alpha | None = Field(
         None, description="share of what the residual stream lost that o and down make up for"
     )

@@ -145,6 +145,7 @@ def quantize_blocks(
     `_INPUT_BYTES` allows, and at least `batch_size` windows.
     """
     if tokens is None:
+        decoder.drop_shell()
         count = len(decoder.blocks)
         for index in progress.track(range(count), "quantize", count):
             with decoder.resident(index), torch.no_grad():
