@@ -105,7 +105,7 @@ class Runtime(ABC):
 
         At least one token is left to read, since only reading gives logits.
         """
-        pairs = enumerate(zip(self.tokens, tokens[:-1], strict=False))
+        pairs = enumerate(zip(self.tokens, tokens, strict=False))
         differ = (i for i, (ours, asked) in pairs if ours != asked)
         self.rewind(next(differ, min(len(self.tokens), max(len(tokens) - 1, 0))))
         return len(self.tokens)
