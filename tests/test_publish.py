@@ -392,6 +392,39 @@ def test_the_licence_of_a_hub_model_is_asked_of_the_hub(hub: HubServer) -> None:
     assert origin(source) == Origin("org/base", "org/base", "gemma")
 
 
+def test_a_measured_draft_is_on_the_card(
+    project: Path, hub: HubServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, store = exports(project), project / "artifacts"
+    (project / "prompts.txt").write_text("w3 w4\n")
+    command = ["draft", str(folder), str(project / "model"), "--new-tokens", "4", "-q"]
+    given = ["--prompts", str(project / "prompts.txt"), "--store", str(store)]
+    cli.main([*command, *given], standalone_mode=False)
+    said = capsys.readouterr().out.strip()
+    publish(project)
+    text = card_of(hub)
+    assert "## As a draft of its parent" in text
+    assert plain(said) in text
+    shutil.rmtree(store / "drafts")
+
+
+def test_a_model_with_its_own_code_says_so_and_loads(project: Path, hub: HubServer) -> None:
+    given = tree(project) | {"name": "shallow", "text": {}}
+    selection = {"method": "fixed", "blocks": [1], "attention": [2]}
+    given["stages"] = [{"select": selection}, "prune", {"export": {"check_tokens": 4}}]
+    run(parse(given, "test"), Store(project / "artifacts/store"), Options())
+    publish(project, "--to", "hf://org/shallow", name="shallow")  # clients remember commits by name
+    found = hub.repositories["org/shallow"]
+    text = found.commits[found.branches["main"]]["README.md"].decode()
+    assert "vLLM" not in text
+    code = re.findall(r"```python\n(.*?)\n```", text, re.DOTALL)
+    assert code[0].count("trust_remote_code=True") == 2
+    outputs = [run_snippet(snippet) for snippet in code[:2]]
+    shortest = min(map(len, outputs))
+    assert shortest > 34
+    assert outputs[0][:shortest] == outputs[1][:shortest]
+
+
 def test_what_users_name_things_cannot_write_on_the_card() -> None:
     assert plain("a|b\n<b>[x](y) `c` *d*") == r"a\|b \<b\>\[x\](y) \`c\` \*d\*"
     assert fenced("name: x\n```\n# injected", "yaml").splitlines()[0] == "````yaml"
