@@ -29,7 +29,7 @@ from pipelines.draft_command import checkpoint, in_words, record_path
 @click.option("--license", "license_", metavar="NAME", help="As the hub spells it: apache-2.0.")
 @click.option("--base-model", metavar="ORG/NAME", help="The hub name of what was compressed.")
 @click.option("--replace", is_flag=True, help="Delete what else the branch holds.")
-@click.option("--dry-run", is_flag=True, help="List files and card; contact nobody's account.")
+@click.option("--dry-run", is_flag=True, help="List files and card; send nothing.")
 @STORE
 @JSON
 @QUIET

@@ -57,11 +57,13 @@ def history(folder: Path, store: Path) -> list[Record]:
     key = read_manifest(folder).key
     while maker := next((r for r in records if _makes(r, key) and r not in found), None):
         found.insert(0, maker)
-        model = ModelSource.model_validate(maker["config"]["model"])
-        before = Path(model.path or "").expanduser() / MANIFEST
-        if not model.path or not before.is_file():
+        path = maker["config"]["model"]["path"]
+        if path is None:
             break
-        key = read_manifest(before.parent).key
+        try:
+            key = read_manifest(Path(path).expanduser()).key
+        except (ArtifactError, OSError):  # made by something else
+            break
     if not found:
         raise PublishError(
             f"{folder}: no record under {store / 'runs'} knows what made it, so there is nothing "

@@ -25,11 +25,13 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from compressor.artifact import Store
+from compressor.artifact import Manifest, Store
 from compressor.errors import ArtifactError, CompressError, PublishError
-from compressor.publish import destination
+from compressor.publish import Item, destination
+from compressor.publish.bundle import Bundle
 from compressor.publish.card import fenced, plain
 from compressor.publish.origin import Origin, origin
+from compressor.publish.snippets import snippets
 from compressor.sources import ModelSource
 from pipelines.cli import cli
 from pipelines.config import parse
@@ -148,9 +150,9 @@ def test_the_card_describes_and_its_snippets_run(project: Path, hub: HubServer) 
         assert re.search(rf"^\| {stage} \|", text, re.MULTILINE)
     for entry in json.loads((exports(project) / "manifest.json").read_text())["files"]:
         assert entry["sha256"] in text
-    snippets = dict(re.findall(r"\*\*([\w-]+)\*\* .*?\n\n```python\n(.*?)\n```", text, re.DOTALL))
-    assert set(snippets) == {"transformers", "onnxruntime", "onnxruntime-genai"}
-    outputs = {name: run_snippet(code) for name, code in snippets.items() if runs_here(name)}
+    code = dict(re.findall(r"\*\*([\w-]+)\*\* .*?\n\n```python\n(.*?)\n```", text, re.DOTALL))
+    assert set(code) == {"transformers", "onnxruntime", "onnxruntime-genai"}
+    outputs = {name: run_snippet(text) for name, text in code.items() if runs_here(name)}
     assert {"transformers", "onnxruntime"} <= set(outputs)
     shortest = min(map(len, outputs.values()))  # some stop at the end of the text
     assert shortest > len("The history of the city begins in") + 1
@@ -392,7 +394,64 @@ def test_the_licence_of_a_hub_model_is_asked_of_the_hub(hub: HubServer) -> None:
     assert origin(source) == Origin("org/base", "org/base", "gemma")
 
 
+def test_a_measured_draft_is_on_the_card(
+    project: Path, hub: HubServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, store = exports(project), project / "artifacts"
+    (project / "prompts.txt").write_text("w3 w4\n")
+    command = ["draft", str(folder), str(project / "model"), "--new-tokens", "4", "-q"]
+    given = ["--prompts", str(project / "prompts.txt"), "--store", str(store)]
+    cli.main([*command, *given], standalone_mode=False)
+    said = capsys.readouterr().out.strip()
+    publish(project)
+    text = card_of(hub)
+    assert "## As a draft of its parent" in text
+    assert plain(said) in text
+    shutil.rmtree(store / "drafts")
+
+
+def test_a_model_with_its_own_code_says_so_and_loads(project: Path, hub: HubServer) -> None:
+    given = tree(project) | {"name": "shallow", "text": {}}
+    selection = {"method": "fixed", "blocks": [1], "attention": [2]}
+    given["stages"] = [{"select": selection}, "prune", {"export": {"check_tokens": 4}}]
+    run(parse(given, "test"), Store(project / "artifacts/store"), Options())
+    publish(project, "--to", "hf://org/shallow", name="shallow")  # clients remember commits by name
+    found = hub.repositories["org/shallow"]
+    text = found.commits[found.branches["main"]]["README.md"].decode()
+    assert "vLLM" not in text
+    code = re.findall(r"```python\n(.*?)\n```", text, re.DOTALL)
+    assert code[0].count("trust_remote_code=True") == 2
+    outputs = [run_snippet(snippet) for snippet in code[:2]]
+    shortest = min(map(len, outputs))
+    assert shortest > 34
+    assert outputs[0][:shortest] == outputs[1][:shortest]
+
+
 def test_what_users_name_things_cannot_write_on_the_card() -> None:
     assert plain("a|b\n<b>[x](y) `c` *d*") == r"a\|b \<b\>\[x\](y) \`c\` \*d\*"
     assert fenced("name: x\n```\n# injected", "yaml").splitlines()[0] == "````yaml"
     assert fenced("name: x", "yaml") == "```yaml\nname: x\n```"
+
+
+@pytest.mark.parametrize(
+    ("speeds", "expected"),
+    [
+        ({"vLLM 0.33 on CUDA": "no", "transformers 5.23": "dense"}, {"transformers"}),
+        ({"vLLM 0.33 on CUDA": "no", "vLLM 0.33 on CPU": "fast", "transformers": "no"}, {"vLLM"}),
+        ({}, {"transformers", "vLLM"}),
+    ],
+)
+def test_runtimes_are_offered_by_what_reads_the_integers(
+    speeds: dict[str, str], expected: set[str], tmp_path: Path
+) -> None:
+    rows = [{"reader": name, "speed": speed, "why": ""} for name, speed in speeds.items()]
+    found = {"config.json": "{}"} | (
+        {"quantization.json": json.dumps({"readers": rows})} if rows else {}
+    )
+    for name, text in found.items():
+        (tmp_path / name).write_text(text)
+    about = {"stage": "export", "method": "folders", "version": 1, "key": "0", "parents": {}}
+    manifest = Manifest(**about, params={"folders": {"onnx_dtype": "float32"}})
+    items = [Item(name, tmp_path / name, 0, "") for name in found]
+    offered = snippets(Bundle(tmp_path, manifest, items, {}), "org/name", "main")
+    assert set(offered) - {"onnxruntime", "onnxruntime-genai"} == expected

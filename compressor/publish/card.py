@@ -96,7 +96,9 @@ def _metadata(story: Story) -> ModelCardData:
 
 def _summary(story: Story) -> str:
     base = story.origin.base_model
-    source = f"[{base}](https://huggingface.co/{base})" if base else plain(story.origin.words)
+    source = (
+        f"[{plain(base)}](https://huggingface.co/{base})" if base else plain(story.origin.words)
+    )
     unknown = (
         ""
         if story.origin.license

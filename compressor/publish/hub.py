@@ -153,5 +153,6 @@ def _explained(name: str) -> Iterator[None]:
         status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
         said = getattr(cause, "server_message", None) or str(cause) or type(cause).__name__
         reason = f"{status}: {said.splitlines()[0]}" if status else said.splitlines()[0]
-        advice = _ADVICE.get(status or 0, _AGAIN)
+        other = "the hub refuses this" if isinstance(cause, ValueError) else _AGAIN
+        advice = _ADVICE.get(status or 0, other)
         raise PublishError(f"hf://{name}: {advice} ({reason})") from error
