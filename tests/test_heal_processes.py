@@ -13,13 +13,17 @@ import pytest
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from tests.tiny import save_corpus, save_tiny, save_tokenizer
+from tests.tiny import save_corpus, save_tiny, save_tokenizer, tiny
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = {
     "lora": ["--rank", "4", "--dropout", "0"],
     "lisa": ["--blocks", "1", "--every", "2"],
-}
+    "distill": [
+        "--rank", "4", "--dropout", "0", "--parent", "parent", "--hidden", "[1]", "--filters",
+        "linear", "--kept", "[0, 1, 2, 3]",
+    ],
+}  # fmt: skip
 
 
 def heal(folder: Path, name: str, method: str, processes: int) -> tuple[str, list[dict[str, Any]]]:
@@ -50,7 +54,9 @@ def heal(folder: Path, name: str, method: str, processes: int) -> tuple[str, lis
 def test_two_processes_learn_what_one_does(method: str, tmp_path: Path) -> None:
     """Four windows per step, by one process or two by two: equal up to the order of sums."""
     save_tiny(tmp_path / "model", "llama")
-    save_tokenizer(tmp_path / "model")
+    tiny("llama", seed=1).save_pretrained(tmp_path / "parent")
+    for name in ("model", "parent"):
+        save_tokenizer(tmp_path / name)
     save_corpus(tmp_path / "corpus.jsonl")
     _, one = heal(tmp_path, "one", method, 1)
     told, two = heal(tmp_path, "two", method, 2)
