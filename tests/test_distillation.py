@@ -392,7 +392,7 @@ def test_nothing_pruned_is_nothing_changed(
     save_tiny(tmp_path / "parent", "llama")
     save_tiny(tmp_path / "source", "llama")
     cached(tmp_path, hidden=hidden)
-    update = {"train": train, "hidden": hidden, "filters": filters}
+    update = {"train": train, "hidden": hidden, "filters": filters, "hidden_weight": 1.0}
     report, out = run(tmp_path, PARAMS.model_copy(update=update))
     assert report["first_loss"] == report["last_loss"] == 0
     assert same(weights(out), weights(tmp_path / "source"))
