@@ -17,7 +17,13 @@ from transformers import AutoModelForCausalLM
 from compressor import teacher
 from compressor.blocks import Blocks
 from compressor.checkpoint import Checkpoint
-from compressor.errors import ArtifactError, CheckpointError, HealingError, SelectionError
+from compressor.errors import (
+    ArtifactError,
+    CheckpointError,
+    CompressError,
+    HealingError,
+    SelectionError,
+)
 from compressor.heal import DistillParams, distillation
 from compressor.heal.distill import recognise, student
 from compressor.heal.distillation import (
@@ -278,6 +284,16 @@ def test_a_full_disk_is_told_before_the_work(
     monkeypatch.setattr(teacher, "walk", None)
     with pytest.raises(ArtifactError, match=r"take 0\.00 GiB, but only 0\.00 GiB are free; set"):
         cached(tmp_path)
+
+
+def test_outputs_that_overflow_are_not_stored(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "parent", "llama")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e38)
+    model.save_pretrained(tmp_path / "parent")
+    with pytest.raises(CompressError, match=r"parent: its logits overflow in torch\.float32"):
+        cached(tmp_path)
+    assert not list((tmp_path / "teacher").iterdir())
 
 
 def test_killed_outputs_go_on_behind_the_last_file(
