@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from compressor.decoder import Decoder
-from compressor.errors import ArtifactError, SelectionError
+from compressor.errors import ArtifactError, CompressError, SelectionError
 from compressor.targets import (
     RECORD,
     Dtype,
@@ -56,10 +56,13 @@ def cache(
     One walk per 65536 tokens; a file is written whole into `work` and linked into `out`, so a
     killed run goes on behind its last file and ends in the same bits. Raises before the walk:
     `SelectionError` for blocks or a `top_k` beyond the parent's, `CheckpointError` for a `student`
-    that is not its child, `ArtifactError` when the disk is too small.
+    that is not its child, `ArtifactError` when the disk is too small. Raises `CompressError` for
+    logits that are not finite.
     """
     decoder = Decoder(parent, device)
-    record = _record(decoder, tokens, batch_size, (teacher_dtype, top_k, hidden))
+    record = _record(
+        decoder, tokens, batch_size, teacher_dtype=teacher_dtype, top_k=top_k, hidden=hidden
+    )
     if student:
         check_student(record, student)
     work.mkdir(parents=True, exist_ok=True)
@@ -85,10 +88,12 @@ def _record(
     decoder: Decoder,
     tokens: Tensor,
     batch_size: int,
-    own: tuple[Dtype, int | None, tuple[int, ...]],
+    *,
+    teacher_dtype: Dtype,
+    top_k: int | None,
+    hidden: tuple[int, ...],
 ) -> TeacherRecord:
     folder, depth = decoder.reader.checkpoint.folder, len(decoder.blocks)
-    teacher_dtype, top_k, hidden = own
     x = decoder.embed(tokens[:1, :1])
     record = TeacherRecord(
         num_blocks=depth,
@@ -138,6 +143,11 @@ def _logits(decoder: Decoder, x: Tensor, record: TeacherRecord) -> dict[str, Ten
         z = decoder.logits(part[None])[0]
         # The same distribution, with what is likely near 0, where floats are dense.
         z = z - z.amax(-1, keepdim=True)
+        if z.isnan().any():
+            raise CompressError(
+                f"{decoder.reader.checkpoint.folder}: its logits overflow in {decoder.dtype}; "
+                "compute in float32 (device: cpu), or check the checkpoint for damage"
+            )
         if record.top_k:
             chosen = z.topk(record.top_k).indices
             z = buckets(z, chosen)

@@ -58,7 +58,20 @@ def protocol(record: dict[str, Any]) -> str:
 
 
 def healing(record: dict[str, Any]) -> str | None:
-    """How much of the loss that pruning added was closed by healing, in nats per token."""
+    """What healing did to the loss that pruning added, in nats per token.
+
+    A healing that found nothing better than what it began with is named.
+    """
+    idle = [
+        f"{s['label']} kept the unhealed weights: no evaluation found a lower held-out loss than "
+        f"{s['metrics']['held_out']['before']:.3f}"
+        for s in record["stages"]
+        if s["verb"] == "heal" and (s["metrics"].get("held_out") or {}).get("step") == 0
+    ]
+    return "; ".join(filter(None, (_closed(record), *idle))) or None
+
+
+def _closed(record: dict[str, Any]) -> str | None:
     nll = {
         s["label"].removeprefix("evaluate "): s["metrics"]["nll"]
         for s in record["stages"]

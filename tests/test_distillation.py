@@ -17,7 +17,13 @@ from transformers import AutoModelForCausalLM
 from compressor import teacher
 from compressor.blocks import Blocks
 from compressor.checkpoint import Checkpoint
-from compressor.errors import ArtifactError, CheckpointError, HealingError, SelectionError
+from compressor.errors import (
+    ArtifactError,
+    CheckpointError,
+    CompressError,
+    HealingError,
+    SelectionError,
+)
 from compressor.heal import DistillParams, distillation
 from compressor.heal.distill import recognise, student
 from compressor.heal.distillation import (
@@ -280,6 +286,16 @@ def test_a_full_disk_is_told_before_the_work(
         cached(tmp_path)
 
 
+def test_outputs_that_overflow_are_not_stored(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "parent", "llama")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e38)
+    model.save_pretrained(tmp_path / "parent")
+    with pytest.raises(CompressError, match=r"parent: its logits overflow in torch\.float32"):
+        cached(tmp_path)
+    assert not list((tmp_path / "teacher").iterdir())
+
+
 def test_killed_outputs_go_on_behind_the_last_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -392,7 +408,7 @@ def test_nothing_pruned_is_nothing_changed(
     save_tiny(tmp_path / "parent", "llama")
     save_tiny(tmp_path / "source", "llama")
     cached(tmp_path, hidden=hidden)
-    update = {"train": train, "hidden": hidden, "filters": filters}
+    update = {"train": train, "hidden": hidden, "filters": filters, "hidden_weight": 1.0}
     report, out = run(tmp_path, PARAMS.model_copy(update=update))
     assert report["first_loss"] == report["last_loss"] == 0
     assert same(weights(out), weights(tmp_path / "source"))

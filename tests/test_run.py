@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from pipelines import table
 from tests.tiny import save_corpus, save_tiny, save_tokenizer
 
 CONFIG = """\
@@ -308,3 +309,20 @@ def test_full_disk_is_explained(project: Path) -> None:
     assert result.returncode == 1
     assert "the disk is full" in result.stderr
     assert not list((project / "full/store").glob(".tmp-*"))
+
+
+def test_a_healing_that_helped_nothing_is_named() -> None:
+    def stage(label: str, **metrics: Any) -> dict[str, Any]:
+        return {"verb": label.split()[0], "label": label, "metrics": metrics}
+
+    stages = [
+        stage("evaluate original", nll=3.0), stage("evaluate prune", nll=4.0),
+        stage("heal", held_out={"before": 4.1, "after": 4.1, "step": 0}),
+        stage("evaluate heal", nll=4.0),
+    ]  # fmt: skip
+    told = table.healing({"stages": stages})
+    assert told is not None
+    assert told.startswith("pruning added 1.000 nats per token; healing closed 0.000 (0 %)")
+    assert "heal kept the unhealed weights" in told
+    stages[2]["metrics"]["held_out"]["step"] = 3
+    assert "kept" not in str(table.healing({"stages": stages}))

@@ -20,6 +20,8 @@ _ADAM = 2  # moments per weight
 _SCATTERED = 2
 """Of the memory that one step frees, the C allocator finds only a part fit for the next: measured
 peaks are 1.0 to 1.7 times what a step keeps."""
+_LATER = 128 * 2**20
+"""Libraries that the first step loads, and buffers of their kernels."""
 
 
 def forecast(healing: Healing, healer: Healer) -> dict[str, int]:
@@ -36,7 +38,7 @@ def forecast(healing: Healing, healer: Healer) -> dict[str, int]:
     vocabulary: int = healer.model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
     activations = params.micro_batch_size * (kept + 2 * 4 * length * vocabulary)
     if healing.device == "cpu":
-        activations *= _SCATTERED
+        activations = _SCATTERED * activations + _LATER
     trained = _trained_together(healer)
     parts = {
         "resident": _resident(healing.device),
