@@ -154,6 +154,8 @@ class _Planner:
             params["seed"] = self.head.seed
         if asked.verb == "export":  # the graph is timed with the same settings
             params["evaluate"] = self.head.evaluate.model_dump(mode="json")
+        roles = {role for row in table.values() for role in row.needs}
+        taught = {role for given in asked.methods.values() for role in given.needs}
         before = sum(stage.verb == asked.verb for stage in self.done)
         label = label or (f"{asked.verb} {before + 1}" if before else asked.verb)
         stage = self._add(
@@ -162,7 +164,7 @@ class _Planner:
                 label=label,
                 method="+".join(sorted(asked.methods)),
                 params=params,
-                inputs=self._inputs(asked.verb, {r for row in table.values() for r in row.needs}),
+                inputs=self._inputs(asked.verb, roles | taught) | self._cuts(taught),
                 methods=asked.methods,
                 version=sum(row.version for row in table.values()),
             )
@@ -177,6 +179,13 @@ class _Planner:
         elif asked.verb in ("score", "select"):
             self.latest["scores" if asked.verb == "score" else "selection"] = stage
         return stage
+
+    def _cuts(self, taught: set[str]) -> dict[str, Stage]:
+        """The selections that lead from a teacher to the checkpoint, in order."""
+        prunes = [stage for stage in self.done if stage.verb == "prune"] if taught else []
+        since = prunes if "original" in taught else prunes[-1:]
+        cuts = [stage.inputs["selection"] for stage in since if "selection" in stage.inputs]
+        return {f"cut {number}": cut for number, cut in enumerate(cuts, 1)}
 
     def _inputs(self, verb: str, roles: set[str]) -> dict[str, Stage]:
         inputs = {"checkpoint": self.latest["checkpoint"]}

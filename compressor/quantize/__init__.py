@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal, Self, get_args
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from compressor.methods import Method, Params
 from compressor.records import BitPlan, Bits
@@ -55,6 +55,22 @@ class PropagatingParams(GridParams):
     ridge: Ridge | dict[Kind, Ridge] | None = Field(
         None, description="ridge of the correction over the gram's mean diagonal, over the set's"
     )
+    teacher: Literal["checkpoint", "parent", "original"] = Field(
+        "checkpoint",
+        description="whose activations are aimed at: the checkpoint's own, or those of the model "
+        "before the last prune or before all of them",
+    )
+
+    @model_validator(mode="after")
+    def _teachable(self) -> Self:
+        if self.needs and not any(alpha for alpha, _ in self.strengths().values()):
+            raise ValueError(f"teacher: {self.teacher} is of no use when every alpha is 0")
+        return self
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The teacher's role, where it is another model."""
+        return () if self.teacher == "checkpoint" else (self.teacher,)
 
     def strengths(self) -> dict[Kind, tuple[float, float]]:
         """(alpha, ridge) of each kind."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import json
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from compressor.quantize.inputs import Group, Moments, input_groups, quantize_in
 from compressor.quantize.kinds import kind_of
 from compressor.quantize.lint import lint
 from compressor.quantize.plan import grids
+from compressor.quantize.teacher import Guide, Teacher, Twin
 from compressor.quantize.write import IntegerWriter
 from compressor.records import BitPlan
 from compressor.walk import Step, Stream, walk
@@ -68,8 +69,8 @@ class BlockResult:
         weights: the integers of each linear by full name.
         report: per linear, `relative_error` ||(W - Q) X|| / ||W X|| (of its weights without
             text; W as corrected), `damp` of the quantizer and `ridge` of the correction.
-        drift: ||h - h'|| / ||h|| of the residual stream after the block, original against
-            compressed; None where the original's stream is not kept.
+        drift: ||h - h'|| / ||h|| of the residual stream after the block, original or teacher
+            against compressed; None where the original's stream is not kept.
     """
 
     weights: dict[str, QuantizedWeight] = field(default_factory=dict)
@@ -84,13 +85,15 @@ def quantize(
     method: str,
     params: GridParams,
     *,
+    teacher: Teacher | None = None,
     device: str = "cpu",
     batch_size: int = 4,
 ) -> dict[str, Any]:
     """Write `source` with every linear of its blocks in integers, block by block.
 
     With tokens (N, T), each group of linears sees inputs made by the already quantized
-    ones before it (true sequential order). `quantization.json` in `out` holds the report of
+    ones before it (true sequential order), and is corrected towards the inputs it has in
+    `teacher`, or had in `source` itself. `quantization.json` in `out` holds the report of
     every linear, the drift of the residual stream by depth and who can load the file. Returns
     average bits, the mean error, the last drift and the readers in words.
     Raises `QuantizationError` before any work when the file could not be loaded.
@@ -103,7 +106,7 @@ def quantize(
     report: dict[str, dict[str, float]] = {}
     drifts: list[float] = []
     with IntegerWriter(decoder, out, recipe.grids, params.format) as writer:
-        for result in quantize_blocks(decoder, tokens, recipe, batch_size):
+        for result in quantize_blocks(decoder, tokens, recipe, batch_size, teacher):
             writer.block(result.weights)
             report |= result.report
             drifts += [] if result.drift is None else [result.drift]
@@ -124,7 +127,11 @@ def quantize(
 
 
 def quantize_blocks(
-    decoder: Decoder, tokens: Tensor | None, recipe: Recipe, batch_size: int = 4
+    decoder: Decoder,
+    tokens: Tensor | None,
+    recipe: Recipe,
+    batch_size: int = 4,
+    teacher: Teacher | None = None,
 ) -> Iterator[BlockResult]:
     """Quantize block after block in memory; each is resident, quantized, when it is yielded.
 
@@ -143,15 +150,20 @@ def quantize_blocks(
     widest = max(weight_of(linear).shape[1] for linear in decoder.blocks.linears(0).values())
     fits = _INPUT_BYTES // (4 * widest * tokens.shape[1])
     stream = Stream(decoder, tokens, max(batch_size, fits))
-    twin = stream.twin() if recipe.propagates else None
+    truth: Guide | Twin | None = None
+    if recipe.propagates:
+        truth = Guide(teacher, stream) if teacher else Twin(stream)
     for step in walk(stream, "quantize"):
-        yield _quantize_block(step, twin, tokens, recipe)
+        with truth.beside(step) if truth else nullcontext() as original:
+            result = _quantize_block(step, original, tokens, recipe)
+        yield result
 
 
-def _quantize_block(step: Step, twin: Stream | None, tokens: Tensor, recipe: Recipe) -> BlockResult:
+def _quantize_block(
+    step: Step, original: Step | None, tokens: Tensor, recipe: Recipe
+) -> BlockResult:
     """Quantize the block of a step and move both streams past it."""
     decoder, result = step.stream.decoder, BlockResult()
-    original = Step(twin, step.index, copy.deepcopy(step.block)) if twin else None
 
     def take(group: Group, moments: Moments) -> None:
         kind = kind_of(group.leader, leaders, decoder.blocks, step.index)
