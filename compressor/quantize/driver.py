@@ -175,17 +175,12 @@ def _quantize_block(
     groups = input_groups(decoder, tokens, step.index)
     leaders = [group.leader for group in groups]
     quantize_in_turn(step, original, groups, take)
-    lost = total = 0.0
     for _ in step.advance():
         pass
     if original:
         for _ in original.advance():
             pass
-        for rows in step.stream.batches:
-            x = original.stream.x[rows].double()
-            lost += float((step.stream.x[rows] - x).square().sum())
-            total += float(x.square().sum())
-        result.drift = math.sqrt(lost / total)
+        result.drift = original.stream.relative_error(step.stream)
     return result
 
 

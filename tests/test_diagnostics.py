@@ -1,0 +1,129 @@
+"""How added loss spreads over windows, and how the error of the stream grows with depth."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from compressor.errors import NotApplicable
+from compressor.evaluate.accumulation import accumulation
+from compressor.evaluate.quality import Reference, evaluate
+from compressor.evaluate.windows import describe, spearman
+from compressor.quantize import RtnParams
+from compressor.quantize.driver import quantize
+from pipelines.table import added_loss
+from tests.tiny import save_tiny, tiny, tokens
+
+WINDOWS = tokens(5, 16)
+
+
+def test_spread_of_added_loss() -> None:
+    """Ten ordinary windows, one bad one and one that gained; percentiles worked out by hand."""
+    found = describe([0.1] * 10 + [4.0, -0.5], [1.0] * 12)
+    assert found["mean"] == pytest.approx(4.5 / 12)
+    assert found["p50"] == pytest.approx(0.1)
+    assert found["p95"] == pytest.approx(0.1 + 0.45 * 3.9)  # at 10.45 of 0..11
+    assert found["p99"] == pytest.approx(0.1 + 0.89 * 3.9)
+    assert found["worst"] == [10, 0, 1, 2, 3]
+    assert found["norm_correlation"] is None
+    assert found["flags"] == ["a few windows lose most: p99 is 35.7 times the median"]
+
+
+def test_spearman_by_hand_and_with_ties() -> None:
+    x = torch.tensor([3.0, 1.0, 4.0, 2.0, 5.0])
+    assert spearman(x, x.exp()) == pytest.approx(1)
+    assert spearman(x, -x) == pytest.approx(-1)
+    y = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])  # 1 - 6 sum d^2 / (n (n^2 - 1))
+    assert spearman(x, y) == pytest.approx(1 - 6 * (4 + 1 + 1 + 4 + 0) / 120)
+    tied = torch.tensor([1.0, 2.0, 2.0, 3.0])  # ranks 1, 2.5, 2.5, 4
+    ranks, other = torch.tensor([1, 2.5, 2.5, 4]), torch.tensor([1.0, 3.0, 2.0, 4.0])
+    expected = float(torch.corrcoef(torch.stack([ranks, other]))[0, 1])
+    assert spearman(tied, other) == pytest.approx(expected)
+    assert spearman(torch.ones(5), y) is None
+    assert spearman(y[:2], y[:2]) is None
+
+
+def test_correlation_with_the_norm_is_flagged_only_where_it_means_something() -> None:
+    norms = [float(n) for n in range(20)]
+    falling, rising = [1 - n / 40 for n in norms], [1 + n / 40 for n in norms]
+    assert describe(falling, norms)["norm_correlation"] == pytest.approx(-1)
+    assert "correlation -1.00" in describe(falling, norms)["flags"][0]
+    assert describe(rising, norms)["flags"] == []
+    assert describe(falling[:11], norms[:11])["flags"] == []
+    assert len(describe(falling[:12], norms[:12])["flags"]) == 1
+
+
+def test_evaluation_says_where_the_loss_was_added(tmp_path: Path) -> None:
+    model, other = save_tiny(tmp_path / "a", "llama"), save_tiny(tmp_path / "b", "llama", seed=1)
+    assert evaluate(tmp_path / "a", WINDOWS, tmp_path)["added_loss"] is None
+    found = evaluate(
+        tmp_path / "b", WINDOWS, tmp_path, reference=Reference(tmp_path / "a", tmp_path)
+    )
+    with torch.no_grad():
+        losses = [
+            [float(m(row[None], labels=row[None]).loss) for row in WINDOWS] for m in (model, other)
+        ]
+        stream = model.model(WINDOWS, output_hidden_states=True).hidden_states
+    added = torch.tensor(losses[1]) - torch.tensor(losses[0])
+    assert found["added_loss"]["mean"] == pytest.approx(float(added.mean()), abs=1e-5)
+    assert found["added_loss"]["worst"] == added.argsort(descending=True).tolist()
+    last = last_stream(model)
+    assert len(stream) == 5 and last.shape == (5, 16, 32)
+    expected = spearman(last.norm(dim=-1).mean(-1), added.double())
+    assert found["added_loss"]["norm_correlation"] == pytest.approx(expected)
+
+
+def last_stream(model: torch.nn.Module) -> torch.Tensor:
+    """What the final norm reads."""
+    seen: list[torch.Tensor] = []
+    handle = model.model.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(WINDOWS)
+    handle.remove()
+    return seen[0]
+
+
+def test_error_accumulates_as_hidden_states_say(tmp_path: Path) -> None:
+    """Against transformers' own hidden states, but the last, which it norms."""
+    save_tiny(tmp_path / "a", "llama")
+    quantize(tmp_path / "a", tmp_path / "b", None, "rtn", RtnParams(bits=3, group_size=16))
+    save_tiny(tmp_path / "c", "llama", seed=1)
+    folders = {"itself": tmp_path / "a", "rtn": tmp_path / "b", "other": tmp_path / "c"}
+    found = accumulation(tmp_path / "a", folders, WINDOWS, batch_size=2)
+    assert found["itself"] == [0.0] * 4
+    with torch.no_grad():
+        x, y = (
+            tiny("llama", seed=seed).model(WINDOWS, output_hidden_states=True).hidden_states
+            for seed in (0, 1)
+        )
+    for depth in range(3):
+        expected = (x[depth + 1] - y[depth + 1]).norm() / x[depth + 1].norm()
+        assert found["other"][depth] == pytest.approx(float(expected), rel=1e-4)
+    assert all(0 < value < math.inf for value in found["rtn"])
+    assert torch.is_grad_enabled()
+
+
+def test_streams_of_other_shapes_cannot_be_compared(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "a", "llama")
+    save_tiny(tmp_path / "short", "llama", num_hidden_layers=3)
+    save_tiny(tmp_path / "wide", "llama", hidden_size=64)
+    for name, words in (("short", "3 blocks, 32 wide"), ("wide", "4 blocks, 64 wide")):
+        with pytest.raises(NotApplicable, match=f"{words}, against 4, 32"):
+            accumulation(tmp_path / "a", {name: tmp_path / name}, WINDOWS)
+
+
+def test_a_run_tells_of_quantized_checkpoints_and_of_flags() -> None:
+    calm, loud = (describe([0.1] * 10 + [worst, 0.1], [1.0] * 12) for worst in (0.2, 4.0))
+    stages = [("original", None), ("prune", calm), ("heal", loud), ("quantize", calm)]
+    record = {
+        "stages": [
+            {"verb": "evaluate", "label": f"evaluate {name}", "metrics": {"added_loss": found}}
+            for name, found in stages
+        ]
+    }
+    lines = added_loss(record)
+    assert [line.partition(":")[0] for line in lines] == ["heal", "heal", "quantize"]
+    assert "p99 is 35" in lines[1] and "most in windows 10, 0, 1, 2, 3" in lines[2]
