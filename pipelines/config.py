@@ -42,6 +42,9 @@ class Head(Source):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     batch_size: int = Field(4, gt=0, description="windows that go through the model together")
     model: ModelSource
+    reference: ModelSource | None = Field(
+        None, description="what every checkpoint is compared with, in the place of the model"
+    )
     text: TextConfig = TextConfig()
     evaluate: EvaluateParams = EvaluateParams()
 

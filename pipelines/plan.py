@@ -10,7 +10,7 @@ from typing import Any
 from compressor.artifact import key_of
 from compressor.errors import ConfigError
 from compressor.methods import Params
-from compressor.sources import TextSource
+from compressor.sources import ModelSource, TextSource
 from pipelines.config import RunConfig, StageConfig, methods
 
 ROLES = ("evaluation", "calibration", "healing")
@@ -67,7 +67,7 @@ def plan(config: RunConfig, fingerprints: Mapping[str, str]) -> list[Stage]:
     planner.add_model()
     for role in ROLES:
         planner.add_text(role)
-    planner.add_evaluation("original")
+    planner.add_first_evaluations()
     for stage in config.stages:
         planner.add_stage(stage)
     return planner.done
@@ -113,9 +113,10 @@ class _Planner:
         self.latest: dict[str, Stage] = {}
 
     def add_model(self) -> None:
-        params = {"fingerprint": self.pins["model"], "dtype": self.head.model.dtype}
-        model = self._add(Stage("model", "model", "import", params))
+        model = self._import("model", self.head.model)
         self.latest = {"checkpoint": model, "original": model}
+        if self.head.reference:
+            self.latest["original"] = self._import("reference", self.head.reference)
 
     def add_text(self, role: str) -> None:
         source = text_source(self.config, role)
@@ -134,12 +135,19 @@ class _Planner:
         inputs |= {earlier: self.latest[earlier] for earlier in ROLES if earlier in self.latest}
         self.latest[role] = self._add(Stage("text", f"text {role}", "windows", params, inputs))
 
-    def add_evaluation(self, label: str) -> None:
+    def add_first_evaluations(self) -> None:
+        if self.head.reference:
+            self.add_evaluation("reference", of="original")
+            self.add_evaluation("model")
+        else:
+            self.add_evaluation("original")
+
+    def add_evaluation(self, label: str, of: str = "checkpoint") -> None:
         if "evaluation" not in self.latest:
             return
-        roles = ["checkpoint", "evaluation"]
+        roles = ["evaluation"]
         roles += ["original", "reference"] if "reference" in self.latest else []
-        inputs = {role: self.latest[role] for role in roles}
+        inputs = {"checkpoint": self.latest[of]} | {role: self.latest[role] for role in roles}
         params, name = self.head.evaluate, f"evaluate {label}"
         dumped = params.model_dump(mode="json")
         row = methods("evaluate")["quality"]
@@ -203,6 +211,10 @@ class _Planner:
                 )
             inputs[role] = self.latest[role]
         return inputs
+
+    def _import(self, label: str, source: ModelSource) -> Stage:
+        params = {"fingerprint": self.pins[label], "dtype": source.dtype}
+        return self._add(Stage("model", label, "import", params))
 
     def _add(self, stage: Stage) -> Stage:
         self.done.append(stage)

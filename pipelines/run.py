@@ -75,6 +75,8 @@ def make_plan(config: RunConfig) -> list[Stage]:
 def pin(config: RunConfig) -> dict[str, str]:
     """What pins the model and each text role by content."""
     pins = {"model": fingerprint_model(config.head.model)}
+    if config.head.reference:
+        pins["reference"] = fingerprint_model(config.head.reference)
     for role in ROLES:
         source = text_source(config, role)
         if source:

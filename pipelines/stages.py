@@ -32,7 +32,10 @@ WINDOWS, TEXT = "windows.safetensors", "text.json"
 
 def model(job: Job) -> dict[str, Any]:
     """Import the source as a Hugging Face folder."""
-    return materialise(job.config.head.model, job.out)
+    head = job.config.head
+    source = head.reference if job.stage.label == "reference" else head.model
+    assert source is not None
+    return materialise(source, job.out)
 
 
 def text(job: Job) -> dict[str, Any]:

@@ -76,12 +76,13 @@ def healing(record: dict[str, Any]) -> str | None:
 
 
 def added_loss(record: dict[str, Any]) -> list[str]:
-    """Per quantized checkpoint, and per one that needs a look, how added loss spreads."""
+    """How added loss spreads, per checkpoint that was quantized, asked about or needs a look."""
     lines = []
     for stage in record["stages"]:
         found = stage["metrics"].get("added_loss") if stage["verb"] == "evaluate" else None
         name = stage["label"].removeprefix("evaluate ")
-        if not found or not (name.startswith("quantize") or found["flags"]):
+        told = name == "model" or name.startswith("quantize")
+        if not found or not (told or found["flags"]):
             continue
         spread = ", ".join(f"{key} {found[key]:.3f}" for key in ("mean", "p50", "p95", "p99"))
         correlation = found["norm_correlation"]

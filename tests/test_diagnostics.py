@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from compressor.evaluate.windows import describe, spearman
 from compressor.quantize import RtnParams
 from compressor.quantize.driver import quantize
 from pipelines.table import added_loss
-from tests.tiny import save_tiny, tiny, tokens
+from tests.test_run import compress
+from tests.tiny import save_corpus, save_tiny, save_tokenizer, tiny, tokens
 
 WINDOWS = tokens(5, 16)
 
@@ -129,3 +131,34 @@ def test_a_run_tells_of_quantized_checkpoints_and_of_flags() -> None:
     lines = added_loss(record)
     assert [line.partition(":")[0] for line in lines] == ["heal", "heal", "quantize"]
     assert "p99 is 35" in lines[1] and "most in windows 10, 0, 1, 2, 3" in lines[2]
+
+
+def test_two_folders_are_compared_by_one_command(tmp_path: Path) -> None:
+    """The record of `compress evaluate quantized --reference original`."""
+    save_tiny(tmp_path / "a", "llama")
+    save_tokenizer(tmp_path / "a")
+    save_corpus(tmp_path / "corpus.jsonl")
+    quantize(tmp_path / "a", tmp_path / "b", None, "rtn", RtnParams(bits=2, group_size=16))
+    asked = ("--reference", "a", "--text", "corpus.jsonl", "--field", "text", "--speed", "false")
+    sizes = ("--windows", "4", "--length", "16")
+    done = compress(tmp_path, "evaluate", "b", *asked, *sizes, "--json")
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout)
+    stages = record["stages"]
+    assert [stage["label"] for stage in stages] == [
+        "model", "reference", "text evaluation", "evaluate reference", "evaluate model",
+    ]  # fmt: skip
+    known, found = stages[-2]["metrics"], stages[-1]["metrics"]
+    assert known["kl"] is None and found["kl"] > 0
+    added = sum(found["window_nll"]) / 4 - sum(known["window_nll"]) / 4
+    assert found["added_loss"]["mean"] == pytest.approx(added, abs=1e-5)
+    assert found["bytes"] < known["bytes"]
+    assert [line[:27] for line in added_loss(record)] == ["model: added loss by window"]
+
+
+def test_a_reference_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "a", "llama")
+    save_tiny(tmp_path / "b", "llama", vocab_size=100)
+    evaluate(tmp_path / "a", WINDOWS, tmp_path)
+    with pytest.raises(NotApplicable, match="knows 100 tokens, its reference 96"):
+        evaluate(tmp_path / "b", WINDOWS, tmp_path, reference=Reference(tmp_path / "a", tmp_path))

@@ -14,7 +14,7 @@ from torch.nn.functional import kl_div, log_softmax
 
 from compressor.checkpoint import Checkpoint
 from compressor.decoder import Decoder, skeleton
-from compressor.errors import CheckpointError
+from compressor.errors import CheckpointError, NotApplicable
 from compressor.evaluate.windows import describe
 from compressor.walk import Stream, walk
 
@@ -45,13 +45,14 @@ def evaluate(
     token, and how the added loss spreads over windows. Logits are never stored: without a
     reference the final residual stream goes to `final_states.safetensors` in `out`, and later
     evaluations apply the original's head to it.
-    Raises `CheckpointError` when the loss is NaN or too large for a perplexity.
+    Raises `CheckpointError` when the loss is NaN or too large for a perplexity and `NotApplicable`
+    for a reference of another vocabulary.
     """
     decoder = Decoder(folder, device)
     stream = Stream(decoder, tokens, batch_size)
     for _ in walk(stream, "evaluate"):
         pass
-    teacher = _Teacher(reference, device) if reference else None
+    teacher = _Teacher(reference, decoder) if reference else None
     losses: list[float] = []
     divergence = agreement = 0.0
     added: list[float] = []
@@ -106,8 +107,15 @@ def _finite(nll: float, decoder: Decoder) -> float:
 class _Teacher:
     """The original's output distribution, from its stored final states and its head alone."""
 
-    def __init__(self, reference: Reference, device: str) -> None:
-        self._head = Decoder(reference.checkpoint, device)
+    def __init__(self, reference: Reference, student: Decoder) -> None:
+        self._head = Decoder(reference.checkpoint, str(student.device))
+        configs: list[Any] = [each.model.config for each in (student, self._head)]
+        sizes = [config.vocab_size for config in configs]
+        if sizes[0] != sizes[1]:
+            raise NotApplicable(
+                f"{student.reader.checkpoint.folder} knows {sizes[0]} tokens, its reference "
+                f"{sizes[1]}: compare models of one vocabulary"
+            )
         self._states = load_file(reference.evaluation / STATES)["x"]
 
     def log_probabilities(self, row: slice) -> Tensor:
