@@ -15,6 +15,11 @@ class Params(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Roles that are read beside the method's own because of what is asked for here."""
+        return ()
+
 
 @dataclass(frozen=True)
 class Method:

@@ -54,6 +54,15 @@ class Stream:
         other.x = storage(tuple(self.x.shape), self.x.dtype).copy_(self.x)
         return other
 
+    def relative_error(self, other: Stream) -> float:
+        """||h - h'|| / ||h|| of this stream h and another h' of its shape, in float64."""
+        lost = total = 0.0
+        for rows in self.batches:
+            x = self.x[rows].double()
+            lost += float((other.x[rows] - x).square().sum())
+            total += float(x.square().sum())
+        return math.sqrt(lost / total)
+
     def logits(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield (rows, logits (B, T, V)) once the walk is over."""
         for rows in self.batches:

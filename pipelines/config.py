@@ -43,6 +43,9 @@ class Head(Source):
     batch_size: int = Field(4, gt=0, description="windows that go through the model together")
     model: ModelSource
     parent: ModelSource | None = None
+    reference: ModelSource | None = Field(
+        None, description="what every checkpoint is compared with, in the place of the model"
+    )
     text: TextConfig = TextConfig()
     evaluate: EvaluateParams = EvaluateParams()
 

@@ -134,6 +134,8 @@ def print_summary(record: dict[str, Any], to: Console) -> None:
     to.print(table.protocol(record), highlight=False)
     if closed := table.healing(record):
         to.print(closed, highlight=False)
+    for told in table.added_loss(record):
+        to.print(told, highlight=False)
     for stage in record["stages"]:
         parity = stage["metrics"].get("onnx", {}).get("parity")
         if parity:

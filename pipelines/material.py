@@ -19,7 +19,8 @@ WINDOWS, TEXT = "windows.safetensors", "text.json"
 def model(job: Job) -> dict[str, Any]:
     """Import the source as a Hugging Face folder."""
     head = job.config.head
-    source = head.parent if job.stage.label == "parent" else head.model
+    sources = {"model": head.model, "parent": head.parent, "reference": head.reference}
+    source = sources[job.stage.label]
     assert source is not None
     return materialise(source, job.out)
 

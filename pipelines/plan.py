@@ -11,7 +11,7 @@ from compressor.artifact import key_of
 from compressor.errors import ConfigError
 from compressor.heal import TEACHER, TeacherParams
 from compressor.methods import Params
-from compressor.sources import TextSource
+from compressor.sources import ModelSource, TextSource
 from pipelines.config import RunConfig, StageConfig, methods
 
 ROLES = ("evaluation", "calibration", "healing")
@@ -78,7 +78,7 @@ def plan(config: RunConfig, fingerprints: Mapping[str, str]) -> list[Stage]:
     planner.add_model()
     for role in ROLES:
         planner.add_text(role)
-    planner.add_evaluation("original")
+    planner.add_first_evaluations()
     for stage in config.stages:
         planner.add_stage(stage)
     if config.head.parent and all(stage.verb != "teacher" for stage in planner.done):
@@ -126,13 +126,12 @@ class _Planner:
         self.latest: dict[str, Stage] = {}
 
     def add_model(self) -> None:
-        params = {"fingerprint": self.pins["model"], "dtype": self.head.model.dtype}
-        model = self._add(Stage("model", "model", "import", params))
+        model = self._import("model", self.head.model)
         self.latest = {"checkpoint": model, "original": model}
-        parent = self.head.parent
-        if parent:
-            params = {"fingerprint": self.pins["parent"], "dtype": parent.dtype}
-            self.latest["unpruned"] = self._add(Stage("model", "parent", "import", params))
+        if self.head.parent:
+            self.latest["unpruned"] = self._import("parent", self.head.parent)
+        if self.head.reference:
+            self.latest["original"] = self._import("reference", self.head.reference)
 
     def add_text(self, role: str) -> None:
         source = text_source(self.config, role)
@@ -152,12 +151,19 @@ class _Planner:
         inputs |= {earlier: self.latest[earlier] for earlier in ROLES if earlier in self.latest}
         self.latest[role] = self._add(Stage("text", f"text {role}", "windows", params, inputs))
 
-    def add_evaluation(self, label: str) -> None:
+    def add_first_evaluations(self) -> None:
+        if self.head.reference:
+            self.add_evaluation("reference", of="original")
+            self.add_evaluation("model")
+        else:
+            self.add_evaluation("original")
+
+    def add_evaluation(self, label: str, of: str = "checkpoint") -> None:
         if "evaluation" not in self.latest:
             return
-        roles = ["checkpoint", "evaluation"]
+        roles = ["evaluation"]
         roles += ["original", "reference"] if "reference" in self.latest else []
-        inputs = {role: self.latest[role] for role in roles}
+        inputs = {"checkpoint": self.latest[of]} | {role: self.latest[role] for role in roles}
         params, name = self.head.evaluate, f"evaluate {label}"
         dumped = params.model_dump(mode="json")
         row = methods("evaluate")["quality"]
@@ -181,6 +187,7 @@ class _Planner:
         roles = {role for row in table.values() for role in row.needs}
         if "teacher" in roles and {"unpruned", "healing"} <= self.latest.keys():
             self.latest["teacher"] = self._teacher(next(iter(asked.methods.values())))
+        taught = {role for given in asked.methods.values() for role in given.needs}
         label = label or self._label(asked.verb)
         stage = self._add(
             Stage(
@@ -188,7 +195,7 @@ class _Planner:
                 label=label,
                 method="+".join(sorted(asked.methods)),
                 params=params,
-                inputs=self._inputs(asked.verb, roles),
+                inputs=self._inputs(asked.verb, roles | taught) | self._cuts(taught),
                 methods=asked.methods,
                 version=sum(row.version for row in table.values()),
             )
@@ -225,6 +232,13 @@ class _Planner:
         before = sum(stage.verb == verb for stage in self.done)
         return f"{verb} {before + 1}" if before else verb
 
+    def _cuts(self, taught: set[str]) -> dict[str, Stage]:
+        """The selections that lead from a teacher to the checkpoint, in order."""
+        prunes = [stage for stage in self.done if stage.verb == "prune"] if taught else []
+        since = prunes if "original" in taught else prunes[-1:]
+        cuts = [stage.inputs["selection"] for stage in since if "selection" in stage.inputs]
+        return {f"cut {number}": cut for number, cut in enumerate(cuts, 1)}
+
     def _inputs(self, verb: str, roles: set[str]) -> dict[str, Stage]:
         inputs = {"checkpoint": self.latest["checkpoint"]}
         if _WELCOMES.get(verb) in self.latest:
@@ -239,6 +253,10 @@ class _Planner:
                 )
             inputs[role] = self.latest[role]
         return inputs
+
+    def _import(self, label: str, source: ModelSource) -> Stage:
+        params = {"fingerprint": self.pins[label], "dtype": source.dtype}
+        return self._add(Stage("model", label, "import", params))
 
     def _add(self, stage: Stage) -> Stage:
         self.done.append(stage)

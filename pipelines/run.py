@@ -79,6 +79,8 @@ def pin(config: RunConfig) -> dict[str, str]:
     pins = {"model": fingerprint_model(config.head.model)}
     if config.head.parent:
         pins["parent"] = fingerprint_model(config.head.parent)
+    if config.head.reference:
+        pins["reference"] = fingerprint_model(config.head.reference)
     for role in ROLES:
         source = text_source(config, role)
         if source:

@@ -18,6 +18,7 @@ from compressor.checkpoint import write_json
 from compressor.decoder import Decoder, skeleton
 from compressor.heal import TEACHER, TrainingParams
 from compressor.quantize import GridParams
+from compressor.quantize.teacher import Teacher
 from compressor.records import BitPlan, Scores, Selection
 from compressor.trial import Trial
 from pipelines.config import methods
@@ -152,9 +153,22 @@ def quantize(job: Job) -> dict[str, Any]:
         tokens,
         name,
         params,
+        teacher=_teacher(job, params.needs),
         device=job.device,
         batch_size=job.config.head.batch_size,
     )
+
+
+def _teacher(job: Job, roles: tuple[str, ...]) -> Teacher | None:
+    """The model to be corrected towards, and which of its blocks the selections since then left."""
+    if not roles:
+        return None
+    folder = job.inputs[roles[0]]
+    kept = list(range(len(Blocks(skeleton(folder)))))
+    for cut in (folder for role, folder in job.inputs.items() if role.startswith("cut ")):
+        gone = set(Selection.load(cut / SELECTION).drop_blocks)
+        kept = [block for index, block in enumerate(kept) if index not in gone]
+    return Teacher(folder, kept)
 
 
 def export(job: Job) -> dict[str, Any]:

@@ -88,6 +88,26 @@ def _closed(record: dict[str, Any]) -> str | None:
     )
 
 
+def added_loss(record: dict[str, Any]) -> list[str]:
+    """How added loss spreads, per checkpoint that was quantized, asked about or needs a look."""
+    lines = []
+    for stage in record["stages"]:
+        found = stage["metrics"].get("added_loss") if stage["verb"] == "evaluate" else None
+        name = stage["label"].removeprefix("evaluate ")
+        told = name == "model" or name.startswith("quantize")
+        if not found or not (told or found["flags"]):
+            continue
+        spread = ", ".join(f"{key} {found[key]:.3f}" for key in ("mean", "p50", "p95", "p99"))
+        correlation = found["norm_correlation"]
+        against = "" if correlation is None else f"; rank correlation with |h| {correlation:+.2f}"
+        lines.append(
+            f"{name}: added loss by window: {spread}; most in windows "
+            f"{', '.join(map(str, found['worst']))}{against}"
+        )
+        lines += [f"{name}: look at the inputs: {flag}" for flag in found["flags"]]
+    return lines
+
+
 def markdown(record: dict[str, Any]) -> str:
     """The table as Markdown, for a README or a model card."""
     lines = ["| " + " | ".join(HEADINGS.values()) + " |", "|" + "---|" * len(HEADINGS)]

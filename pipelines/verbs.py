@@ -196,13 +196,15 @@ def export(**params: Any) -> dict[str, Any]:
 
 
 @alone("evaluate", "evaluation")
-def evaluate(**params: Any) -> dict[str, Any]:
+@click.option("--reference", help="Model to compare with: KL, top-1, added loss by window.")
+def evaluate(reference: str | None = None, **params: Any) -> dict[str, Any]:
     """Measure perplexity over held-out --text, size and speed of MODEL.
 
     \b
     compress evaluate MODEL --text heldout.txt --windows 32
+    compress evaluate model-4bit --reference MODEL --text heldout.txt --windows 32
     """
-    return {"evaluate": params}
+    return {"evaluate": params} | ({"reference": model_source(reference)} if reference else {})
 
 
 def model_source(model: str) -> dict[str, str]:

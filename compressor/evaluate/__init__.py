@@ -20,10 +20,10 @@ METHODS = {
     "quality": Method(
         "compressor.evaluate.quality:evaluate",
         EvaluateParams,
-        "perplexity, KL and top-1 agreement with the original, bytes, tokens/s",
+        "perplexity, KL, top-1 agreement and added loss by window, bytes, tokens/s",
         "perplexity as exp of the mean next-token loss over disjoint full windows",
         "1 forward, and a timed generation",
         ("evaluation",),
-        version=2,
+        version=3,
     ),
 }

@@ -14,7 +14,8 @@ from torch.nn.functional import kl_div, log_softmax
 
 from compressor.checkpoint import Checkpoint
 from compressor.decoder import Decoder, skeleton
-from compressor.errors import CheckpointError
+from compressor.errors import CheckpointError, NotApplicable
+from compressor.evaluate.windows import describe
 from compressor.walk import Stream, walk
 
 STATES = "final_states.safetensors"
@@ -41,24 +42,27 @@ def evaluate(
 
     perplexity = exp(mean of -log p(token | its window before it)), float32 log-softmax and
     float64 sums. Against a reference: KL(reference || model) in nats and top-1 agreement per
-    token. Logits are never stored: without a reference the final residual stream goes to
-    `final_states.safetensors` in `out`, and later evaluations apply the original's head to it.
-    Raises `CheckpointError` when the loss is NaN or too large for a perplexity.
+    token, and how the added loss spreads over windows. Logits are never stored: without a
+    reference the final residual stream goes to `final_states.safetensors` in `out`, and later
+    evaluations apply the original's head to it.
+    Raises `CheckpointError` when the loss is NaN or too large for a perplexity and `NotApplicable`
+    for a reference of another vocabulary.
     """
     decoder = Decoder(folder, device)
     stream = Stream(decoder, tokens, batch_size)
     for _ in walk(stream, "evaluate"):
         pass
-    teacher = _Teacher(reference, device) if reference else None
+    teacher = _Teacher(reference, decoder) if reference else None
     losses: list[float] = []
     divergence = agreement = 0.0
+    added: list[float] = []
     for index in range(len(tokens)):
         row = slice(index, index + 1)
         scores = log_softmax(decoder.logits(stream.x[row])[0, :-1], dim=-1)
-        targets = tokens[index, 1:].to(scores.device)
-        losses.append(-scores.gather(1, targets[:, None]).double().mean().item())
+        losses.append(_loss(scores, tokens[index]))
         if teacher:
             known = teacher.log_probabilities(row)
+            added.append(losses[-1] - _loss(known, tokens[index]))
             kl = kl_div(scores, known, reduction="none", log_target=True)
             divergence += kl.sum(-1).double().mean().item()
             agreement += (scores.argmax(-1) == known.argmax(-1)).double().mean().item()
@@ -71,6 +75,7 @@ def evaluate(
         "window_nll": losses,
         "kl": divergence / len(tokens) if teacher else None,
         "top1_agreement": agreement / len(tokens) if teacher else None,
+        "added_loss": describe(added, teacher.norms()) if teacher else None,
         "blocks": len(decoder.blocks),
         "parameters": parameters(folder),
         "bytes": Checkpoint(folder).weight_bytes,
@@ -81,6 +86,12 @@ def evaluate(
             "predicted_tokens": len(tokens) * (tokens.shape[1] - 1),
         },
     }
+
+
+def _loss(scores: Tensor, window: Tensor) -> float:
+    """Mean -log p of a window (T,) but its first token; scores (T - 1, V) are log p."""
+    targets = window[1:, None].to(scores.device)
+    return -scores.gather(1, targets).double().mean().item()
 
 
 def _finite(nll: float, decoder: Decoder) -> float:
@@ -96,12 +107,23 @@ def _finite(nll: float, decoder: Decoder) -> float:
 class _Teacher:
     """The original's output distribution, from its stored final states and its head alone."""
 
-    def __init__(self, reference: Reference, device: str) -> None:
-        self._head = Decoder(reference.checkpoint, device)
+    def __init__(self, reference: Reference, student: Decoder) -> None:
+        self._head = Decoder(reference.checkpoint, str(student.device))
+        configs: list[Any] = [each.model.config for each in (student, self._head)]
+        sizes = [config.vocab_size for config in configs]
+        if sizes[0] != sizes[1]:
+            raise NotApplicable(
+                f"{student.reader.checkpoint.folder} knows {sizes[0]} tokens, its reference "
+                f"{sizes[1]}: compare models of one vocabulary"
+            )
         self._states = load_file(reference.evaluation / STATES)["x"]
 
     def log_probabilities(self, row: slice) -> Tensor:
         return log_softmax(self._head.logits(self._states[row])[0, :-1], dim=-1)
+
+    def norms(self) -> list[float]:
+        """Mean over a window's tokens of the length of its final state."""
+        return [float(x.double().norm(dim=-1).mean()) for x in self._states]
 
 
 def parameters(folder: Path) -> int:

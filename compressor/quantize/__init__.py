@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal, Self, get_args
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from compressor.methods import Method, Params
 from compressor.records import BitPlan, Bits
@@ -63,6 +63,23 @@ class PropagatingParams(GridParams):
         """Share of the stream's loss that o and down make up for; ours all, the published none."""
         ours = 1.0 if self.propagation == "tuned" else 0.0
         return ours if self.catch_up is None else self.catch_up
+
+    teacher: Literal["checkpoint", "parent", "original"] = Field(
+        "checkpoint",
+        description="whose activations are aimed at: the checkpoint's own, or those of the model "
+        "before the last prune or before all of them",
+    )
+
+    @model_validator(mode="after")
+    def _teachable(self) -> Self:
+        if self.needs and not any(alpha for alpha, _ in self.strengths().values()):
+            raise ValueError(f"teacher: {self.teacher} is of no use when every alpha is 0")
+        return self
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The teacher's role, where it is another model."""
+        return () if self.teacher == "checkpoint" else (self.teacher,)
 
     def strengths(self) -> dict[Kind, tuple[float, float]]:
         """(alpha, ridge) of each kind."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import json
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from compressor.quantize.inputs import Group, input_groups, stream_writers
 from compressor.quantize.kinds import kind_of
 from compressor.quantize.lint import lint
 from compressor.quantize.plan import grids, widths_by_block
+from compressor.quantize.teacher import Guide, Teacher, Twin
 from compressor.quantize.turns import Moments, quantize_in_turn
 from compressor.quantize.write import IntegerWriter
 from compressor.records import BitPlan
@@ -73,8 +74,8 @@ class BlockResult:
         weights: the integers of each linear by full name.
         report: per linear, `relative_error` ||(W - Q) X|| / ||W X|| (of its weights without
             text; W as corrected), `damp` of the quantizer and `ridge` of the correction.
-        drift: ||h - h'|| / ||h|| of the residual stream after the block, original against
-            compressed; None where the original's stream is not kept.
+        drift: ||h - h'|| / ||h|| of the residual stream after the block, original or teacher
+            against compressed; None where the original's stream is not kept.
     """
 
     weights: dict[str, QuantizedWeight] = field(default_factory=dict)
@@ -89,13 +90,15 @@ def quantize(
     method: str,
     params: GridParams,
     *,
+    teacher: Teacher | None = None,
     device: str = "cpu",
     batch_size: int = 4,
 ) -> dict[str, Any]:
     """Write `source` with every linear of its blocks in integers, block by block.
 
     With tokens (N, T), each group of linears sees inputs made by the already quantized
-    ones before it (true sequential order). `quantization.json` in `out` holds the report of
+    ones before it (true sequential order), and is corrected towards the inputs it has in
+    `teacher`, or had in `source` itself. `quantization.json` in `out` holds the report of
     every linear, the drift of the residual stream by depth and who can load the file. Returns
     average bits, the mean error, the last drift and the readers in words.
     Raises `QuantizationError` before any work when the file could not be loaded.
@@ -113,7 +116,7 @@ def quantize(
     report: dict[str, dict[str, float]] = {}
     drifts: list[float] = []
     with IntegerWriter(decoder, out, recipe.grids, params.format) as writer:
-        for result in quantize_blocks(decoder, tokens, recipe, batch_size):
+        for result in quantize_blocks(decoder, tokens, recipe, batch_size, teacher):
             writer.block(result.weights)
             report |= result.report
             drifts += [] if result.drift is None else [result.drift]
@@ -137,7 +140,11 @@ def quantize(
 
 
 def quantize_blocks(
-    decoder: Decoder, tokens: Tensor | None, recipe: Recipe, batch_size: int = 4
+    decoder: Decoder,
+    tokens: Tensor | None,
+    recipe: Recipe,
+    batch_size: int = 4,
+    teacher: Teacher | None = None,
 ) -> Iterator[BlockResult]:
     """Quantize block after block in memory; each is resident, quantized, when it is yielded.
 
@@ -157,17 +164,22 @@ def quantize_blocks(
     widest = max(weight_of(linear).shape[1] for linear in decoder.blocks.linears(0).values())
     fits = _INPUT_BYTES // (4 * widest * tokens.shape[1])
     stream = Stream(decoder, tokens, max(batch_size, fits))
-    twin = stream.twin() if recipe.propagates else None
+    truth: Guide | Twin | None = None
+    if recipe.propagates:
+        truth = Guide(teacher, stream) if teacher else Twin(stream)
     probe = decoder.embed(tokens[:1, :_PROBE])
     decoder.drop_shell()
     for step in walk(stream, "quantize"):
-        yield _quantize_block(step, twin, probe, recipe)
+        with truth.beside(step) if truth else nullcontext() as original:
+            result = _quantize_block(step, original, probe, recipe)
+        yield result
 
 
-def _quantize_block(step: Step, twin: Stream | None, probe: Tensor, recipe: Recipe) -> BlockResult:
+def _quantize_block(
+    step: Step, original: Step | None, probe: Tensor, recipe: Recipe
+) -> BlockResult:
     """Quantize the block of a step and move both streams past it."""
     decoder, result = step.stream.decoder, BlockResult()
-    original = Step(twin, step.index, copy.deepcopy(step.block)) if twin else None
 
     def take(group: Group, moments: Moments) -> None:
         alpha, ridge = recipe.strengths.get(kinds[group.leader], (0.0, 0.0))
@@ -182,17 +194,12 @@ def _quantize_block(step: Step, twin: Stream | None, probe: Tensor, recipe: Reci
     catches = recipe.catch_up > 0 and original is not None
     writers = stream_writers(decoder, probe, step.index, last) if catches else frozenset()
     quantize_in_turn(step, original, groups, take, writers)
-    lost = total = 0.0
     for _ in step.advance():
         pass
     if original:
         for _ in original.advance():
             pass
-        for rows in step.stream.batches:
-            x = original.stream.x[rows].double()
-            lost += float((step.stream.x[rows] - x).square().sum())
-            total += float(x.square().sum())
-        result.drift = math.sqrt(lost / total)
+        result.drift = original.stream.relative_error(step.stream)
     return result
 
 
