@@ -267,7 +267,9 @@ class Clock:
 
 def test_rates_are_tokens_over_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
-    rounds = time_rounds(clock.runtime(), prompt_tokens=8, new_tokens=6, repeats=2)
+    runtime = clock.runtime()
+    rounds = time_rounds(runtime, prompt_tokens=8, new_tokens=6, repeats=2)
+    assert len(runtime.tokens) == 8 + 6  # every round begins with an empty cache
     assert clock.reads == [8] + 4 * [1] + 2 * ([8] + 6 * [1])  # the first request is the warm-up
     assert (rounds.first, rounds.prefill, rounds.decode) == (8, [8, 8], [60, 60])
     assert rates(6, [2.0, 1.0, 4.0]) == {"median": 3.0, "min": 1.5, "max": 6.0}
