@@ -143,7 +143,7 @@ def rounded_by(probe: Probe, weight: Tensor, gram: Tensor, bits: int) -> Tensor:
 def test_fisher_equals_its_formula_on_the_whole_model(llama: Path) -> None:
     windows = tokens(4, 12)
     probe, _ = probe_of(llama, windows)
-    costs = fisher(probe, seed=3)
+    costs = fisher(probe, seed=3, skip=1)
     model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float64)
     read: dict[str, Tensor] = {}
     made: dict[str, Tensor] = {}
@@ -166,13 +166,15 @@ def test_fisher_equals_its_formula_on_the_whole_model(llama: Path) -> None:
         x = read[unit.names[0]].flatten(0, 1)
         gram = x.T @ x / 48
         gradient = torch.cat([made[n].grad for n in unit.names], -1).flatten(0, 1)  # type: ignore[misc]
+        counted = [t for t in range(48) if t % 12]  # all but the first of each window
+        gradient = gradient[counted]
         for bits in WIDTHS:
-            moved = x @ (weight - rounded_by(probe, weight, gram, bits)).T
+            moved = (x @ (weight - rounded_by(probe, weight, gram, bits)).T)[counted]
             naive = 0.0
             for i in range(len(weight)):
                 share = float(gradient[:, i].square().sum() / gradient.square().sum())
-                for t in range(48):
-                    naive += share * float(gradient[t] @ gradient[t] * moved[t, i] ** 2) / 48 / 2
+                for t in range(44):
+                    naive += share * float(gradient[t] @ gradient[t] * moved[t, i] ** 2) / 44 / 2
             assert cost[bits] == pytest.approx(naive, rel=0.02)  # some columns round elsewhere
 
 
@@ -180,7 +182,7 @@ def test_fisher_foretells_the_divergence(llama: Path) -> None:
     """Of all options of one model, each alone: the KL to second order, in nats per token."""
     windows = tokens(16, 16)
     probe, _ = probe_of(llama, windows)
-    costs = fisher(probe, seed=0)
+    costs = fisher(probe, seed=0, skip=0)
     model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
     with torch.no_grad():
         full = model(windows).logits.log_softmax(-1)
@@ -269,7 +271,8 @@ def test_batches_do_not_matter(llama: Path) -> None:
     probe, _ = probe_of(llama, tokens(5, 12))
     whole = dataclasses.replace(probe, batch_size=5)
     parts = dataclasses.replace(probe, batch_size=2)
-    for one, other in zip(fisher(whole, seed=0), fisher(parts, seed=0), strict=True):
+    both = [fisher(each, seed=0, skip=0) for each in (whole, parts)]
+    for one, other in zip(*both, strict=True):
         assert one == pytest.approx(other, rel=0.05)  # a rounding may fall the other way
 
 
@@ -355,7 +358,7 @@ def test_swaps_are_taken_only_when_the_loss_says_so() -> None:
 def test_the_mixed_model_is_the_model_with_rounded_weights(llama: Path) -> None:
     windows = tokens(3, 12)
     probe, _ = probe_of(llama, windows)
-    fisher(probe, seed=0)
+    fisher(probe, seed=0, skip=0)
     mixed = MixedModel(probe, windows)
     draw = random.Random(0)
     bits = [3] * len(probe.units)
@@ -378,7 +381,7 @@ def test_only_blocks_behind_a_change_run_again(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     probe, options = probe_of(llama, tokens(3, 12))
-    fisher(probe, seed=0)
+    fisher(probe, seed=0, skip=0)
     mixed, ran, run = MixedModel(probe, probe.tokens), [], Decoder.run
     monkeypatch.setattr(Decoder, "run", lambda d, i, x, b=None: ran.append(i) or run(d, i, x, b))
     mixed.loss([3] * 16)
@@ -399,7 +402,7 @@ def test_average_bits_are_met_within_one_step(llama: Path) -> None:
     probe, options = probe_of(llama, tokens(2, 12))
     weights = sum(unit.weights for unit in options.units)
     largest = max(unit.weights for unit in options.units)
-    before, costs = math.inf, fisher(probe, seed=0)
+    before, costs = math.inf, fisher(probe, seed=0, skip=0)
     for average in (2.0, 2.6, 3.0, 3.7, 8.0):
         params = FisherParams(group_size=16, average_bits=average)
         found = spend(costs, probe, params, options.dense_bytes)

@@ -51,6 +51,9 @@ class FisherParams(AllocateParams):
     """Parameters of the Fisher-weighted error."""
 
     seed: int = Field(0, description="of the tokens drawn from the model's own predictions")
+    skip: int = Field(
+        1, ge=0, description="first tokens of a window, attention sinks, that do not count"
+    )
 
 
 class ImportanceParams(AllocateParams):

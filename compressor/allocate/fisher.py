@@ -14,7 +14,7 @@ from compressor.moments import Gram
 from compressor.walk import Stream, walk
 
 
-def fisher(probe: Probe, *, seed: int) -> Costs:
+def fisher(probe: Probe, *, seed: int, skip: int) -> Costs:
     """KL(model || quantized) ~ 1/2 sum_i r_i D_i H_s D_i^T with D = W - Q, nats per token.
 
     Quantizing W (O, I) to Q moves the outputs of token t by D x_t. To second order that costs
@@ -25,21 +25,28 @@ def fisher(probe: Probe, *, seed: int) -> Costs:
     arXiv:2505.07004 section 3.2, with one group of outputs): H_s = mean_t s_t x_t x_t^T. It keeps
     what matters most: tokens with huge inputs often have no say. So one forward and one way back
     serve every width of every unit.
+
+    The first `skip` tokens of a window do not count. They are attention sinks: an error of their
+    values shifts every later token by nearly the same, which the propagation of errors repairs in
+    the next linear, but to second order it outweighs all the others (docs/quantize.md).
     """
     decoder, tokens = probe.decoder, probe.tokens
+    length = tokens.shape[1]
+    skip = min(skip, length - 1)
     tape = Tape(decoder, tokens, len(tokens))
     for step in walk(Stream(decoder, tokens, probe.batch_size), "allocate"):
         for rows, x_in, x_out in step.advance():
             tape.record(step, rows, x_in, x_out)
     costs: Costs = [{} for _ in probe.units]
     for back in backward(tape, tape.seed(_drawn(seed)), "allocate", weights=False):
-        found = {place: _Curvature() for place in probe.of_block(back.index)}
+        found = {place: _Curvature(skip) for place in probe.of_block(back.index)}
         with _seen(decoder.blocks.linears(back.index)) as (inputs, gradients):
             for _ in back.retreat():
                 for place, curvature in found.items():
                     names = probe.units[place].names
                     g = torch.cat([gradients[name] for name in names], -1)
-                    curvature.add(inputs[names[0]], g)
+                    x = inputs[names[0]]
+                    curvature.add(*(v.reshape(-1, length, v.shape[-1]) for v in (x, g)))
         for place, curvature in found.items():
             for bits, off in probe.differences(probe.units[place], curvature.gram.mean):
                 costs[place][bits] = curvature.cost(off)
@@ -49,17 +56,19 @@ def fisher(probe: Probe, *, seed: int) -> Costs:
 class _Curvature:
     """What the loss makes of a move of a unit's outputs, summed batch by batch."""
 
-    def __init__(self) -> None:
+    def __init__(self, skip: int) -> None:
+        self._skip = skip
         self._squares: Tensor | None = None
 
     def add(self, x: Tensor, g: Tensor) -> None:
-        """Add the inputs x (..., I) and the gradients g (..., O) of some tokens."""
-        x, squares = x.flatten(0, -2).float(), g.flatten(0, -2).float().square()
+        """Add the inputs x (B, T, I) and the gradients g (B, T, O) of some windows."""
+        squares = g[:, self._skip :].flatten(0, 1).float().square()
         if self._squares is None:
-            self.gram, self._weighted = Gram(x.shape[1], x.device), Gram(x.shape[1], x.device)
+            self.gram, self._weighted = Gram(x.shape[2], x.device), Gram(x.shape[2], x.device)
             self._squares = squares.new_zeros(squares.shape[1], dtype=torch.float64)
         self.gram.add(x)
-        self._weighted.add(x * squares.sum(1, keepdim=True).sqrt())
+        counted = x[:, self._skip :].flatten(0, 1).float()
+        self._weighted.add(counted * squares.sum(1, keepdim=True).sqrt())
         self._squares += squares.sum(0, dtype=torch.float64)
 
     def cost(self, off: Tensor) -> float:
