@@ -244,10 +244,11 @@ def drifts(folder: Path, **params: object) -> list[float]:
 
 def test_correction_slows_the_drift_of_the_stream(tmp_path: Path) -> None:
     save_tiny(tmp_path, "llama")
-    corrected = drifts(tmp_path, alpha=1.0, ridge=0.01)
+    corrected = drifts(tmp_path, alpha=1.0, ridge=0.01, catch_up=0)
+    caught_up = drifts(tmp_path, alpha=1.0, ridge=0.01, catch_up=1)
     plain = drifts(tmp_path, alpha=1e-9)  # keeps the second stream, changes nothing
     assert len(plain) == 4 and not drifts(tmp_path, alpha=0)
-    assert corrected[-1] < 0.97 * plain[-1]
+    assert corrected[-1] < 0.97 * plain[-1] and caught_up[-1] < 0.97 * corrected[-1]
 
 
 def test_first_blocks_first_group_is_never_corrected(tmp_path: Path) -> None:

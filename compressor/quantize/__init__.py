@@ -21,7 +21,10 @@ PROPAGATION: dict[str, tuple[dict[Kind, float], float]] = {
     "onecompression": ({"qkv": 0.5, "o": 0.5, "gate_up": 0.5, "down": 0.0}, 0.01),
     "none": (dict.fromkeys(KINDS, 0.0), 0.0),
 }
-"""Sets of alpha per kind and ridge: ours, the paper's command line, its later library, off."""
+"""Sets of alpha per kind and ridge: ours, the paper's command line, its later library, off.
+
+Ours also sets `catch_up`.
+"""
 
 
 class GridParams(Params):
