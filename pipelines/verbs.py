@@ -171,11 +171,13 @@ def prune(selection: Path | None = None, **params: Any) -> dict[str, Any]:
 @_verb("heal", "healing")
 @click.option("--parent", help="The model that MODEL was cut from, for --method distill.")
 def heal(parent: str | None = None, **params: Any) -> dict[str, Any]:
-    """Train MODEL on TEXT with low-rank adapters and merge them; resumes after a crash.
+    """Train MODEL on TEXT to recover what it lost; keeps the best, resumes after a crash.
 
     \b
     compress heal shallower --text corpus.jsonl --field text --windows 256 -o healed
-    compress heal shallower --method distill --parent MODEL --text corpus.txt -o healed
+    compress heal shallower --method lisa --text corpus.jsonl --max-seconds 28800 -o healed
+    compress heal shallower --method distill --parent MODEL --text corpus.jsonl -o healed
+    torchrun --nproc-per-node 2 -m pipelines heal shallower --text corpus.jsonl -o healed
     """
     return {"stages": [{"heal": params}]} | ({"parent": model_source(parent)} if parent else {})
 
