@@ -142,6 +142,8 @@ class Store:
 
     def commit(self, draft: Path, manifest: Manifest) -> Path:
         """Hash and sync every file, write the manifest last and move the draft into place."""
+        # An imported artifact's own manifest is a link here, and must not be written through.
+        (draft / MANIFEST).unlink(missing_ok=True)
         paths = sorted(p for p in draft.rglob("*") if p.is_file())
         files = [
             FileEntry(

@@ -178,8 +178,8 @@ def heal(parent: str | None = None, **params: Any) -> dict[str, Any]:
 
     \b
     compress heal shallower --text corpus.jsonl --field text --windows 256 -o healed
-    compress heal shallower --method distill --parent MODEL --text corpus.txt -o healed
     compress heal shallower --method lisa --text corpus.jsonl --max-seconds 28800 -o healed
+    compress heal shallower --method distill --parent MODEL --text corpus.jsonl -o healed
     torchrun --nproc-per-node 2 -m pipelines heal shallower --text corpus.jsonl -o healed
     """
     return {"stages": [{"heal": params}]} | ({"parent": model_source(parent)} if parent else {})

@@ -96,3 +96,20 @@ def test_every_part_of_the_key_counts() -> None:
     keys = {key_of(*base), *(key_of(*v) for v in variants)}
     assert len(keys) == 6
     assert key_of(*base[:3], {"b": 1, "a": 2}, {}) == key_of(*base[:3], {"a": 2, "b": 1}, {})
+
+
+def test_an_artifact_that_is_imported_keeps_its_manifest(tmp_path: Path) -> None:
+    """An import links the files of a folder, its manifest too if it has one."""
+    store = Store(tmp_path)
+    source = build(store)
+    before = (source / "manifest.json").read_bytes()
+    key = key_of("model", "import", 1, {}, {})
+    with store.draft("model", key) as draft:
+        (draft / "manifest.json").symlink_to(source / "manifest.json")
+        manifest = Manifest(
+            stage="model", method="import", version=1, key=key, params={}, parents={}
+        )
+        folder = store.commit(draft, manifest)
+    assert (source / "manifest.json").read_bytes() == before
+    assert store.status("prune", KEY) == store.status("model", key) == "cached"
+    assert verify(folder) == []

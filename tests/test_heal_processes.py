@@ -66,11 +66,13 @@ def project(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", sorted(SETTINGS))
-def test_two_processes_learn_what_one_does(method: str, project: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "more"), [("lora", []), ("lisa", []), ("lisa", ["--fsdp", "full_shard"])]
+)
+def test_two_processes_learn_what_one_does(method: str, more: list[str], project: Path) -> None:
     """Four windows per step, by one process or two by two: equal up to the order of sums."""
     _, one = heal(project, "one", method)
-    told, two = heal(project, "two", method, processes=2)
+    told, two = heal(project, "two", method, *more, processes=2)
     assert [row.keys() for row in one] == [row.keys() for row in two]
     for a, b in zip(one, two, strict=True):
         assert a == pytest.approx(b, rel=1e-4)

@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -148,11 +149,13 @@ def test_resumes_to_the_same_bits(
     assert (again / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
 
 
-@BOTH
+@pytest.mark.parametrize("ending", [{"steps": 7}, {"steps": 8}, {"patience": 1, "steps": 50}])
 def test_resumes_behind_the_last_step(
-    params: TrainingParams, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ending: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Wherever it stops, and every step being saved, no step is made twice."""
     save_tiny(tmp_path / "source", "llama")
+    params = HELD.model_copy(update={"save_every": 1, **ending})
     report, whole = run(tmp_path, params)
 
     def stop(*_: Any) -> None:
@@ -162,8 +165,7 @@ def test_resumes_behind_the_last_step(
     with pytest.raises(Stop):
         run(tmp_path, params, "cut")
     monkeypatch.undo()
-    (tmp_path / "cut/metrics.jsonl").unlink()
-    (tmp_path / "cut").rmdir()
+    shutil.rmtree(tmp_path / "cut")
     resumed, again = run(tmp_path, params, "cut")
     assert resumed == report
     assert digest(again) == digest(whole)
@@ -178,7 +180,8 @@ def test_best_weights_outlive_the_state_that_names_them(
     assert {p.name for p in work.glob("best-*")} == {"best-2.safetensors", "best-4.safetensors"}
     _, out = run(tmp_path, HELD.model_copy(update={"save_every": 1}))
     kept = {p.name for p in (tmp_path / "out-work").glob("best-*")}
-    assert kept == {f"best-{history.best(rows(out))[0]}.safetensors"}
+    assert f"best-{history.best(rows(out))[0]}.safetensors" in kept
+    assert len(kept) <= 2  # the last save was before the last evaluation
 
 
 def test_a_rising_loss_is_given_up_and_the_best_kept(tmp_path: Path) -> None:
@@ -272,7 +275,7 @@ def test_everything_skipped_moves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     assert report["skipped"] == 14
     one, last = (
         load_file(tmp_path / f"out-work/checkpoint-{step}/adapter_model.safetensors")
-        for step in (7, 8)
+        for step in (6, 7)
     )
     assert all(torch.equal(one[name], last[name]) for name in one)
 

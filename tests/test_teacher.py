@@ -1,195 +1,195 @@
-"""Correcting towards the model that a checkpoint was cut from."""
+"""A parent's outputs on disk: its own, as large as forecast, whole after a kill."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from pydantic import ValidationError
 from torch import Tensor
+from torch.nn.functional import softmax
+from transformers import AutoModelForCausalLM
 
-from compressor.artifact import Store
-from compressor.decoder import Decoder
-from compressor.errors import ConfigError, NotApplicable
-from compressor.prune.blocks import prune
-from compressor.quantize import GptqParams
-from compressor.quantize.driver import BlockResult, Recipe, quantize_blocks
-from compressor.quantize.error_propagation import propagate_error
-from compressor.quantize.teacher import Teacher
-from compressor.records import Selection
-from compressor.walk import Stream, walk
-from pipelines.config import load, parse
-from pipelines.plan import plan
-from pipelines.run import Options, run
-from tests.tiny import save_corpus, save_tiny, save_tokenizer, tiny, tokens
-
-WINDOWS = tokens(16)
-DEPTH = {"num_hidden_layers": 6}
-KEPT = [0, 2, 5]
-PARAMS = GptqParams(group_size=16, bits=4, act_order=False, polish=0, alpha=1, ridge=0.01)
-
-
-@pytest.fixture
-def pair(tmp_path: Path) -> tuple[Path, Path]:
-    """A model of 6 blocks and what is left of it without 1, 3 and 4."""
-    save_tiny(tmp_path / "deep", "llama", **DEPTH)
-    prune(tmp_path / "deep", Selection(num_blocks=6, drop_blocks=[1, 3, 4]), tmp_path / "cut")
-    return tmp_path / "deep", tmp_path / "cut"
+from compressor import teacher
+from compressor.errors import (
+    ArtifactError,
+    CheckpointError,
+    CompressError,
+    SelectionError,
+)
+from compressor.heal import DistillParams
+from compressor.heal.distillation import (
+    divergence,
+)
+from compressor.quantize import RtnParams
+from compressor.quantize.driver import quantize
+from compressor.targets import Teacher, normalised
+from tests.healing import WINDOWS
+from tests.tiny import save_tiny, save_tokenizer
 
 
-def quantized(
-    folder: Path, teacher: Teacher | None, batch_size: int = 16
-) -> tuple[list[BlockResult], Tensor]:
-    """The results and the residual stream after the last block of the quantized model."""
-    decoder = Decoder(folder)
-    recipe = Recipe.of(decoder, "gptq", PARAMS)
-    found = list(quantize_blocks(decoder, WINDOWS, recipe, batch_size, teacher))
-    weights = {n: w.dequantize() for block in found for n, w in block.weights.items()}
-    stream = Stream(Decoder(folder), WINDOWS)
-    for step in walk(stream):
-        for name, linear in stream.decoder.blocks.linears(step.index).items():
-            linear.weight.data.copy_(weights[name])
-    return found, stream.x
+def cached(folder: Path, **own: Any) -> tuple[dict[str, Any], Path]:
+    """What folder/parent says of the windows, in folder/teacher."""
+    out = folder / "teacher"
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
+    asked: dict[str, Any] = {"teacher_dtype": "float32", "top_k": None, "hidden": ()} | own
+    report = teacher.cache(
+        folder / "parent", out, folder / "teacher-work", WINDOWS, batch_size=1, **asked
+    )
+    return report, out
 
 
-def final(folder: Path) -> Tensor:
-    stream = Stream(Decoder(folder), WINDOWS)
-    for _ in walk(stream):
-        pass
-    return stream.x
-
-
-def same(some: list[BlockResult], others: list[BlockResult]) -> list[bool]:
-    return [
-        torch.equal(a.weights[name].integers, b.weights[name].integers)
-        and torch.equal(a.weights[name].scale, b.weights[name].scale)
-        for a, b in zip(some, others, strict=True)
-        for name in a.weights
-    ]
-
-
-def test_a_teacher_that_was_not_cut_changes_nothing(pair: tuple[Path, Path]) -> None:
-    deep, _ = pair
-    own, others = quantized(deep, None)[0], quantized(deep, Teacher(deep, range(6)))[0]
-    assert len(own) == 6 and all(same(own, others))
-    assert [a.drift for a in own] == [b.drift for b in others]
-
-
-def test_it_lowers_the_error_to_the_teacher(pair: tuple[Path, Path]) -> None:
-    deep, cut = pair
-    goal = final(deep)
-    found, x = quantized(cut, Teacher(deep, KEPT))
-    error = float((x - goal).norm() / goal.norm())
-    assert error < 0.97 * float((quantized(cut, None)[1] - goal).norm() / goal.norm())
-    assert found[-1].drift == pytest.approx(error, rel=1e-4)
-
-
-def test_each_group_reads_beside_its_own_block_of_the_teacher(pair: tuple[Path, Path]) -> None:
-    """Against both whole models' forwards: q, k and v of every kept block, in float64."""
-    deep, cut = pair
-    found, _ = quantized(cut, Teacher(deep, KEPT))
-    original = tiny("llama", **DEPTH).double()
-    compressed = type(original)(original.config).double()
-    compressed.load_state_dict(original.state_dict())
-    compressed.model.layers = torch.nn.ModuleList([compressed.model.layers[i] for i in KEPT])
-    for new, old in enumerate(KEPT):
-        x, low = (inputs(m, i) for m, i in ((original, old), (compressed, new)))
-        cross, gram = (x - low).T @ low / len(x), low.T @ low / len(x)
-        for name in ("q_proj", "k_proj", "v_proj"):
-            full = f"model.layers.{new}.self_attn.{name}"
-            weight = original.get_submodule(full.replace(f".{new}.", f".{old}.")).weight.data
-            goal, _ = propagate_error(weight, cross, gram, alpha=1, damp=0.01)
-            recipe = Recipe.of(Decoder(cut), "gptq", PARAMS)
-            expected = recipe.quantizer(goal, gram, recipe.grids[full])
-            agreeing = (expected.integers == found[new].weights[full].integers).float().mean()
-            assert agreeing > 0.95, full
-        for full, weights in found[new].weights.items():
-            compressed.get_submodule(full).weight.data.copy_(weights.dequantize())
-
-
-def inputs(model: torch.nn.Module, index: int) -> Tensor:
-    """What q_proj of a block reads, (N T, I)."""
-    seen: list[Tensor] = []
-    linear = model.get_submodule(f"model.layers.{index}.self_attn.q_proj")
-    handle = linear.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "opt"])
+def test_the_outputs_are_the_models_own(family: str, tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "parent", family)
+    _, out = cached(tmp_path, hidden=(0, 2))
     with torch.no_grad():
-        model(WINDOWS)
-    handle.remove()
-    return seen[0].flatten(0, 1)
+        expected = model(WINDOWS, output_hidden_states=True)
+    found = Teacher(out).targets([4, 0, 5])
+    z = expected.logits[[4, 0, 5]]
+    torch.testing.assert_close(found.logits, z - z.amax(-1, keepdim=True), rtol=1e-4, atol=1e-4)
+    assert sorted(found.hidden) == [0, 2]
+    for block, x in found.hidden.items():
+        own = normalised(expected.hidden_states[block + 1][[4, 0, 5]])
+        torch.testing.assert_close(x, own, rtol=1e-4, atol=1e-4)
 
 
-def test_several_batches_follow_the_teacher_as_one(
-    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    deep, cut = pair
-    once = quantized(cut, Teacher(deep, KEPT))[0]
-    monkeypatch.setattr("compressor.quantize.driver._INPUT_BYTES", 0)
-    parts = quantized(cut, Teacher(deep, KEPT), 5)[0]
-    assert [b.drift for b in parts] == pytest.approx([b.drift for b in once], rel=0.02)
+@pytest.mark.parametrize(("dtype", "limit"), [("float16", 1e-6), ("bfloat16", 1e-4)])
+def test_what_rounding_costs(dtype: str, limit: float, tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "parent", "llama")
+    report, out = cached(tmp_path, teacher_dtype=dtype)
+    assert report["bytes"] == 6 * 16 * 96 * 2
+    with torch.no_grad():
+        logits = model(WINDOWS).logits.double()
+    stored = Teacher(out).targets(list(range(6))).logits.double()
+    assert 0 < divergence(stored, logits).mean() < limit
 
 
-def test_grad_mode_is_left_as_it_was(pair: tuple[Path, Path]) -> None:
-    deep, cut = pair
-    quantized(cut, Teacher(deep, KEPT))
-    assert torch.is_grad_enabled()
+def test_the_likeliest_and_the_rest(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "parent", "llama")
+    report, out = cached(tmp_path, top_k=5, hidden=(1,))
+    assert report["bytes"] == 6 * 16 * (4 * 6 + 4 * 5 + 4 * 32)
+    with torch.no_grad():
+        p = softmax(model(WINDOWS).logits, -1)
+    found = Teacher(out).targets(list(range(6)))
+    assert found.indices is not None
+    assert torch.equal(found.indices, p.topk(5).indices)
+    kept = softmax(found.logits, -1)
+    torch.testing.assert_close(kept[..., :5], p.topk(5).values, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(kept[..., 5], 1 - p.topk(5).values.sum(-1), rtol=1e-4, atol=1e-5)
 
 
-def test_models_that_do_not_fit_are_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    deep, cut = pair
-    with pytest.raises(NotApplicable, match=r"2 of its blocks were kept, but .* has 3"):
-        quantized(cut, Teacher(deep, [0, 2]))
-    save_tiny(tmp_path / "wide", "llama", intermediate_size=64, **DEPTH)
-    with pytest.raises(NotApplicable, match=r"down_proj reads 48 inputs, in .* block 0 64"):
-        quantized(cut, Teacher(tmp_path / "wide", KEPT))
-    with pytest.raises(ValidationError, match="of no use when every alpha is 0"):
-        GptqParams(teacher="original", alpha=0)
-
-
-CONFIG = """\
-name: taught
-model: {path: model}
-text:
-  source: {path: corpus.jsonl, field: text}
-  calibration: {windows: 4, length: 32}
-stages:
-  - select: {method: fixed, blocks: [1]}
-  - prune
-  - select: {method: fixed, blocks: [2, 3]}
-  - prune
-  - quantize: {group_size: 16, teacher: parent}
-  - quantize: {group_size: 16, teacher: original}
-"""
-
-
-def test_a_run_finds_its_teacher_and_what_was_cut_since(
+def test_the_forecast_is_what_the_files_take(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save_tiny(tmp_path / "model", "llama", **DEPTH)
-    save_tokenizer(tmp_path / "model")
-    save_corpus(tmp_path / "corpus.jsonl")
-    (tmp_path / "taught.yaml").write_text(CONFIG)
-    monkeypatch.chdir(tmp_path)
-    config = load(Path("taught.yaml"))
-    taught: list[Teacher] = []
-
-    def note(*_: object, teacher: Teacher, **__: object) -> dict[str, object]:
-        taught.append(teacher)
-        return {}
-
-    monkeypatch.setattr("compressor.quantize.driver.quantize", note)
-    record = run(config, Store(tmp_path / "store"), Options())
-    folders = {stage["label"]: Path(stage["folder"]) for stage in record["stages"]}
-    found = [(teacher.folder.resolve(), list(teacher.kept)) for teacher in taught]
-    assert found == [(folders["prune"], [0, 1, 4]), (folders["model"], [0, 2, 5])]
+    save_tiny(tmp_path / "parent", "llama")
+    monkeypatch.setattr(teacher, "SHARD_BYTES", 2 * 16 * 100 * 4)
+    report, out = cached(tmp_path, hidden=(3,))
+    files = sorted(out.glob("*.safetensors"))
+    assert [f.stem for f in files] == [f"windows-{i:06d}-{i + 1:06d}" for i in range(6)]
+    headers = 6 * 300
+    assert 0 <= sum(f.stat().st_size for f in files) - report["bytes"] < headers
 
 
-def test_a_teacher_that_nothing_makes_is_missed_when_planning() -> None:
-    tree = {
-        "name": "untaught",
-        "model": {"path": "model"},
-        "text": {"calibration": {"source": {"path": "a.txt"}, "windows": 4, "length": 32}},
-        "stages": [{"quantize": {"teacher": "parent"}}],
-    }
-    with pytest.raises(ConfigError, match=r"needs parent, .* put a prune stage before it"):
-        plan(parse(tree, "test"), {"model": "m", "calibration": "c"})
+def test_a_full_disk_is_told_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny(tmp_path / "parent", "llama")
+    small = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(teacher.shutil, "disk_usage", lambda _: small)
+    monkeypatch.setattr(teacher, "walk", None)
+    with pytest.raises(ArtifactError, match=r"take 0\.00 GiB, but only 0\.00 GiB are free; set"):
+        cached(tmp_path)
+
+
+def test_outputs_that_overflow_are_not_stored(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "parent", "llama")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e38)
+    model.save_pretrained(tmp_path / "parent")
+    with pytest.raises(CompressError, match=r"parent: its logits overflow in torch\.float32"):
+        cached(tmp_path)
+    assert not list((tmp_path / "teacher").iterdir())
+
+
+def test_killed_outputs_go_on_behind_the_last_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny(tmp_path / "parent", "llama")
+    monkeypatch.setattr(teacher, "SHARD_BYTES", 1)
+    monkeypatch.setattr(teacher, "WALK_TOKENS", 32)
+    _, out = cached(tmp_path)
+    whole = {f.name: f.read_bytes() for f in out.iterdir()}
+    shutil.rmtree(tmp_path / "teacher-work")
+    write, written = teacher._write, []
+
+    def killed(tensors: dict[str, Tensor], path: Path) -> None:
+        if len(written) == 3:
+            path.with_suffix(".part").write_bytes(b"half")
+            raise KeyboardInterrupt
+        written.append(path.name)
+        write(tensors, path)
+
+    monkeypatch.setattr(teacher, "_write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        cached(tmp_path)
+    monkeypatch.setattr(teacher, "_write", lambda t, p: (written.append(p.name), write(t, p)))
+    _, out = cached(tmp_path)
+    assert len(written) == len(set(written)) == 6
+    assert {f.name: f.read_bytes() for f in out.iterdir()} == whole
+
+
+def test_what_the_parent_has_not_is_refused(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "parent", "llama")
+    with pytest.raises(SelectionError, match=r"hidden \[4\]: .* has the blocks 0 to 3"):
+        cached(tmp_path, hidden=(1, 4))
+    with pytest.raises(SelectionError, match=r"top_k 96: .* has 96 tokens"):
+        cached(tmp_path, top_k=96)
+    with pytest.raises(ValueError, match="top_k keeps the mass of the rest for tau 1 only"):
+        DistillParams(top_k=5, tau=2.0)
+    with pytest.raises(ValueError, match="reset_documents: the parent has read"):
+        DistillParams(reset_documents=True)
+
+
+@pytest.mark.parametrize(
+    ("child", "message"),
+    [
+        ({"vocab_size": 97}, "its vocabulary has 97 tokens, its parent's 96; give the parent"),
+        ({"num_hidden_layers": 5}, "it has 5 blocks, its parent only 4; give the parent"),
+    ],
+)
+def test_a_stranger_is_refused_before_the_walk(
+    child: dict[str, int], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny(tmp_path / "parent", "llama")
+    save_tiny(tmp_path / "source", "llama", **child)
+    monkeypatch.setattr(teacher, "walk", None)
+    with pytest.raises(CheckpointError, match=message):
+        cached(tmp_path, student=tmp_path / "source")
+
+
+def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    for name in ("parent", "source"):
+        save_tiny(tmp_path / name, "llama")
+        save_tokenizer(tmp_path / name)
+    cached(tmp_path, student=tmp_path / "source")
+    path = tmp_path / "source/tokenizer.json"
+    path.write_text(path.read_text().replace('"w3": 3', '"x3": 3'))
+    with pytest.raises(CheckpointError, match="its tokenizer is not its parent's"):
+        cached(tmp_path, student=tmp_path / "source")
+
+
+def test_a_quantized_parent_teaches_what_it_computes(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "whole", "llama")
+    (tmp_path / "parent").mkdir()
+    quantize(tmp_path / "whole", tmp_path / "parent", None, "rtn", RtnParams(group_size=16))
+    _, out = cached(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "parent")
+    with torch.no_grad():
+        z = model(WINDOWS).logits
+    expected = z - z.amax(-1, keepdim=True)
+    found = Teacher(out).targets(list(range(6))).logits
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)

@@ -1,4 +1,4 @@
-"""How much memory a training will take, from two short forwards of the model itself."""
+"""How much memory a training will take, from short forwards of the model itself."""
 
 from __future__ import annotations
 

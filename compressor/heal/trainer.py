@@ -187,8 +187,8 @@ class HealingTrainer(Trainer):
     ) -> LambdaLR:
         """Linear warm-up, then a cosine to zero at the last step or, if that is first, second.
 
-        After `warmup_steps`: (1 + cos(pi p)) / 2, p the larger share of what is left of the
-        steps and of the seconds that is used up.
+        After `warmup_steps`: (1 + cos(pi p)) / 2, p the share of the steps left then that is
+        used up, or that of `max_seconds` where it is larger.
         """
         warmup = self._settings.warmup_steps
 
@@ -205,7 +205,12 @@ class HealingTrainer(Trainer):
         return self.lr_scheduler
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save, then drop best weights that no saved state names any more."""
+        """Save, then drop best weights that no saved state names any more.
+
+        Not when training ends here: the Trainer would resume such a state with one step more.
+        """
+        if self.control.should_training_stop:
+            return
         super()._save_checkpoint(model, trial)
         elapsed = self._elapsed()
         if not self.is_world_process_zero():
