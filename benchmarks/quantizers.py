@@ -63,6 +63,9 @@ PEERS = {
 }
 """Rows of other tools: (module of peers/, grid)."""
 
+PEER_SETTINGS = {"GPTQMODEL_CPU_WORKERS": "2", "GPTQMODEL_DISABLE_PACK_EXT": "1"}
+"""Else it does not start on two cores, and compiles C++ for minutes that would be timed."""
+
 COLUMNS = ("linear MB", "perplexity", "added loss", "CPU s", "wall s", "peak MB")
 
 
@@ -123,7 +126,7 @@ def command(name: str, args: argparse.Namespace, text: Path) -> list[str]:
 
 def measure(name: str, args: argparse.Namespace, text: Path) -> dict[str, Any]:
     """The row's figures, or why there are none."""
-    usual = {"OMP_NUM_THREADS": "1", "GPTQMODEL_CPU_WORKERS": "2", "PYTHONPATH": str(HERE.parent)}
+    usual = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent), **PEER_SETTINGS}
     try:
         asked = command(name, args, text)
     except NotInstalled as reason:
