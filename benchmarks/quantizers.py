@@ -40,8 +40,8 @@ METHOD_ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "rtn-qep": ("qep_rtn", {"search": False}),
     "gptq": ("gptq", TEXTBOOK | {"propagation": "none"}),
     "gptq-qep": ("gptq", TEXTBOOK | {"propagation": "official"}),
-    "tuned": ("gptq", {"propagation": "none"}),
-    "tuned-qep": ("gptq", {}),
+    "gptq-tuned": ("gptq", {"propagation": "none"}),
+    "gptq-tuned-qep": ("gptq", {}),
 }
 """As in the papers (grids between minimum and maximum), and as we do it by default."""
 
