@@ -151,13 +151,13 @@ def command(name: str, args: argparse.Namespace, text: Path) -> list[str]:
 
 def measure(name: str, args: argparse.Namespace, text: Path) -> dict[str, Any]:
     """The row's figures, or why there are none."""
-    usual = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent), **PEER_SETTINGS}
+    usual = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE.parent}:{HERE}", **PEER_SETTINGS}
     try:
         asked = command(name, args, text)
     except NotInstalled as reason:
         return {"failed": str(reason)}
     done = subprocess.run(
-        asked, cwd=HERE, env=os.environ | usual, text=True, capture_output=True, check=False
+        asked, cwd=text.parent, env=os.environ | usual, text=True, capture_output=True, check=False
     )
     figures = [line for line in done.stdout.splitlines() if line.startswith('{"')]
     if done.returncode or not figures:
