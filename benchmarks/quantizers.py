@@ -115,7 +115,7 @@ def widths(model: Path, by: str, average: float, tokens: Tensor) -> BitPlan:
 def quantized(model: Path, name: str, tokens: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Every quantized weight in floats, and what it took, choosing the widths included."""
     spent = Spent()
-    method, given = ROWS["tuned-qep-w4" if name in MIXED else name]
+    method, given = ROWS["gptq-tuned-qep-w4" if name in MIXED else name]
     if name in MIXED:
         given = given | {"scheme": widths(model, *MIXED[name], tokens)}
     params, decoder = METHODS[method].params(**given), Decoder(model)

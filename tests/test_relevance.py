@@ -200,7 +200,7 @@ def test_relevance_is_that_propagated_by_hand(tmp_path: Path) -> None:
         assert found.block["relevance"][i] == pytest.approx((o[i] + down[i]) / both, rel=1e-3)
 
 
-NO_RULE = {"gemma2", "cohere"}  # soft caps; a LayerNorm of its own
+NO_RULE = {"gemma2"}  # soft caps
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES.keys() - NO_RULE))

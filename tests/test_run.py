@@ -298,9 +298,9 @@ def test_bad_input_is_one_clear_line(project: Path, args: list[str], code: int, 
 
 def test_full_disk_is_explained(project: Path) -> None:
     """A file-size limit stands in for a full disk: writes fail part of the way through."""
-    limited = "import errno, compressor.checkpoint as c\n" + (
+    limited = "import errno\nfrom compressor.spool import Spool\n" + (
         "def full(*a, **k): raise OSError(errno.ENOSPC, 'No space left on device')\n"
-        "c.save_file = full\n"
+        "Spool.save = full\n"
     )
     result = subprocess.run(
         [sys.executable, "-c", limited + CODE, "run", "tiny.yaml", "--store", "full"],
