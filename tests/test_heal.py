@@ -107,6 +107,25 @@ def test_qlora_trains_on_four_bits_and_merges_into_dense_weights(tmp_path: Path)
     assert "quantization_config" not in after.config
 
 
+def test_qlora_has_the_same_gradient_behind_an_evaluation(tmp_path: Path) -> None:
+    """bitsandbytes turns weights into a layout for inference that it cannot train through."""
+    save_tiny(tmp_path / "source", "llama", hidden_size=64, intermediate_size=128)
+    params = QloraParams(rank=4, targets="all", dropout=0)
+    model: Any = adapter(task(tmp_path, params)).model.train()
+
+    def gradient() -> torch.Tensor:
+        model.zero_grad()
+        model(WINDOWS, labels=WINDOWS).loss.backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    before = gradient()
+    with torch.no_grad():
+        model.eval()(WINDOWS)
+    model.train()
+    assert before.norm() > 0
+    torch.testing.assert_close(gradient(), before)
+
+
 def test_qlora_on_transposed_weights(tmp_path: Path) -> None:
     save_tiny(tmp_path / "source", "gpt2", n_embd=64)
     _, out = run(tmp_path, QloraParams(**PARAMS.model_dump() | {"targets": "all"}))

@@ -19,6 +19,9 @@ from compressor.heal.merge import merge
 from compressor.heal.train import train
 
 ADAPTER = "adapter"
+_INFERENCE_LAYOUT = "support_avx512bf16_for_cpu"
+"""With it, bitsandbytes' 4-bit linears stay, after the first forward in eval mode on a CPU, in a
+layout whose kernel hands no gradient down: training after an evaluation would go astray."""
 
 
 def heal(healing: Healing) -> dict[str, Any]:
@@ -49,6 +52,9 @@ def adapter(healing: Healing) -> Healer:
         quantization_config=quantization,
         device_map={"": healing.device},
     )
+    for module in model.modules():
+        if hasattr(module, _INFERENCE_LAYOUT):
+            setattr(module, _INFERENCE_LAYOUT, False)
     adapted = adapt(model, params)
 
     def write(weights: Weights, folder: Path) -> None:
