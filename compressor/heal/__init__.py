@@ -143,7 +143,7 @@ METHODS = {
         "arXiv:2403.17887 appendix A.1; arXiv:2305.14314",
         "about 3 forwards per window and pass",
         ("healing",),
-        version=2,
+        version=3,
     ),
     "lora": Method(
         "compressor.heal.lora:heal",
