@@ -1,0 +1,90 @@
+"""Settings of the correction, judged on text that calibrated none of them.
+
+    python benchmarks/propagation.py MODEL TEXT [--blocks 6] [--json]
+
+Quantizes the first blocks, calibrated on windows 0 to 7 of 512 tokens of TEXT, and prints the
+residual stream's error behind them on windows 8, 12, 16 and 20: ||h - h'|| / ||h|| in percent,
+averaged by root mean square over tokens, the first of each window (whose norm dwarfs all) left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressor.decoder import Decoder
+from compressor.model import load_tokenizer
+from compressor.quantize import GptqParams
+from compressor.quantize.driver import Recipe, quantize_blocks
+from compressor.walk import Stream, walk
+
+OLD = {"alpha": 0.75, "ridge": 0.2, "catch_up": 0, "damp": 0.1}
+SETTINGS: list[dict[str, Any]] = [
+    {"bits": 4, **OLD},
+    {"bits": 4, **OLD, "catch_up": 1},
+    {"bits": 4, **OLD, "alpha": 1, "ridge": 1, "catch_up": 1},
+    {"bits": 4},
+    {"bits": 4, "damp": 0.6},
+    {"bits": 4, "polish": 4},
+    {"bits": 3, **OLD},
+    {"bits": 3},
+    {"bits": 2, "symmetric": False, **OLD},
+    {"bits": 2, "symmetric": False},
+]
+
+
+def states(decoder: Decoder, tokens: Tensor, blocks: int, weights: dict[str, Tensor]) -> Tensor:
+    """The stream (N, T, D) behind the first blocks with `weights` in the place of their own."""
+    stream = Stream(decoder, tokens)
+    for step in itertools.islice(walk(stream), blocks):
+        for name, linear in decoder.blocks.linears(step.index).items():
+            if name in weights:
+                linear.weight.data.copy_(weights[name])
+        for _ in step.advance():
+            pass
+    return stream.x.double()
+
+
+def error(model: Path, windows: Tensor, blocks: int, settings: dict[str, Any]) -> float:
+    """Percent that the stream is off on held-out windows."""
+    params, decoder = GptqParams(group_size=64, **settings), Decoder(model)
+    recipe = Recipe.of(decoder, "gptq", params)
+    found = itertools.islice(quantize_blocks(decoder, windows[:8], recipe), blocks)
+    weights = {n: w.dequantize() for block in found for n, w in block.weights.items()}
+    held = windows[8:21:4]
+    h, off = (states(Decoder(model), held, blocks, w)[:, 1:] for w in ({}, weights))
+    ratios = (h - off).norm(dim=-1) / h.norm(dim=-1)
+    return 100 * float(ratios.square().mean().sqrt())
+
+
+def main() -> None:
+    """Print a table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("text", type=Path)
+    parser.add_argument("--blocks", type=int, default=6)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    text = args.text.read_text(encoding="utf-8")
+    ids = load_tokenizer(args.model)(text, add_special_tokens=False)["input_ids"]
+    windows = torch.tensor(ids[: 21 * 512]).view(21, 512)
+    rows = [(given, error(args.model, windows, args.blocks, given)) for given in SETTINGS]
+    if args.json:
+        sys.stdout.write(json.dumps(rows, indent=1) + "\n")
+        return
+    sys.stdout.write("| settings, else the defaults | error |\n|---|---|\n")
+    for given, found in rows:
+        told = ", ".join(f"{name} {value}" for name, value in given.items())
+        sys.stdout.write(f"| {told} | {found:.2f} |\n")
+
+
+if __name__ == "__main__":
+    main()
