@@ -52,16 +52,20 @@ def states(decoder: Decoder, tokens: Tensor, blocks: int, weights: dict[str, Ten
     return stream.x.double()
 
 
-def error(model: Path, windows: Tensor, blocks: int, settings: dict[str, Any]) -> float:
-    """Percent that the stream is off on held-out windows."""
+def quantized(
+    model: Path, tokens: Tensor, blocks: int, settings: dict[str, Any]
+) -> dict[str, Tensor]:
+    """The first blocks' weights as they will be read back."""
     params, decoder = GptqParams(group_size=64, **settings), Decoder(model)
     recipe = Recipe.of(decoder, "gptq", params)
-    found = itertools.islice(quantize_blocks(decoder, windows[:8], recipe), blocks)
-    weights = {n: w.dequantize() for block in found for n, w in block.weights.items()}
-    held = windows[8:21:4]
-    h, off = (states(Decoder(model), held, blocks, w)[:, 1:] for w in ({}, weights))
+    found = itertools.islice(quantize_blocks(decoder, tokens, recipe), blocks)
+    return {n: w.dequantize() for block in found for n, w in block.weights.items()}
+
+
+def error(h: Tensor, off: Tensor) -> float:
+    """Percent that a stream (N, T, D) is off, first tokens left out."""
     ratios = (h - off).norm(dim=-1) / h.norm(dim=-1)
-    return 100 * float(ratios.square().mean().sqrt())
+    return 100 * float(ratios[:, 1:].square().mean().sqrt())
 
 
 def main() -> None:
@@ -76,7 +80,12 @@ def main() -> None:
     text = args.text.read_text(encoding="utf-8")
     ids = load_tokenizer(args.model)(text, add_special_tokens=False)["input_ids"]
     windows = torch.tensor(ids[: 21 * 512]).view(21, 512)
-    rows = [(given, error(args.model, windows, args.blocks, given)) for given in SETTINGS]
+    held, rows = windows[8:21:4], []
+    h = states(Decoder(args.model), held, args.blocks, {})
+    for given in SETTINGS:
+        weights = quantized(args.model, windows[:8], args.blocks, given)
+        off = states(Decoder(args.model), held, args.blocks, weights)
+        rows.append((given, error(h, off)))
     if args.json:
         sys.stdout.write(json.dumps(rows, indent=1) + "\n")
         return

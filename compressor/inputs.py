@@ -1,16 +1,21 @@
-"""What the linears of a block read: hooks on them, and sums over all of the text."""
+"""What the modules of a block read and give: hooks on them, and sums over all of the text."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from compressor.blocks import hidden
 from compressor.errors import CompressError, UnsupportedArchitecture
 from compressor.moments import Gram
 from compressor.walk import Step
+
+K = TypeVar("K")
 
 
 class Seen(Exception):
@@ -59,29 +64,31 @@ def input_norms(linears: dict[str, nn.Module], passes: Iterable[object]) -> dict
     return {name: total.sqrt().float() for name, total in squares.items()}
 
 
-@contextmanager
-def inputs_of(linears: dict[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Call `see(name, x)` before each linear runs."""
+def inputs_of(
+    modules: Mapping[K, nn.Module], see: Callable[[K, Tensor], None]
+) -> AbstractContextManager[None]:
+    """Call `see(name, x)` before each module runs."""
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def hook(name: K) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda _, args: see(name, args[0])
 
-    handles = [linear.register_forward_pre_hook(hook(name)) for name, linear in linears.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return _while([each.register_forward_pre_hook(hook(name)) for name, each in modules.items()])
+
+
+def outputs_of(
+    modules: Mapping[K, nn.Module], see: Callable[[K, Tensor], None]
+) -> AbstractContextManager[None]:
+    """Call `see(name, y)` after each module ran; of a tuple y is the first."""
+
+    def hook(name: K) -> Callable[[nn.Module, tuple[Tensor, ...], Any], None]:
+        return lambda _module, _args, output: see(name, hidden(output))
+
+    return _while([each.register_forward_hook(hook(name)) for name, each in modules.items()])
 
 
 @contextmanager
-def outputs_of(linears: dict[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Call `see(name, y)` after each linear ran."""
-
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        return lambda _module, _args, output: see(name, output)
-
-    handles = [linear.register_forward_hook(hook(name)) for name, linear in linears.items()]
+def _while(handles: list[RemovableHandle]) -> Iterator[None]:
+    """Hooks that stay for a `with` block."""
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Peak memory of this process, as the system counts it."""
+"""Memory, as the system counts it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,17 @@ def reset_peak() -> None:
 
 def peak() -> int:
     """Peak resident bytes of this process since `reset_peak`, mapped files included."""
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
+    if found := from_proc("/proc/self/status", "VmHWM"):
+        return found
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def from_proc(path: str, name: str) -> int:
+    """Bytes of a line of a Linux status file; 0 where there is none."""
+    try:
+        lines = Path(path).read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), 0)

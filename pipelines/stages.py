@@ -174,22 +174,12 @@ def _teacher(job: Job, roles: tuple[str, ...]) -> Teacher | None:
 def export(job: Job) -> dict[str, Any]:
     """Write and compare the deployable folders; time the ONNX graph."""
     _, params = job.method
-    timing = job.config.head.evaluate
     result: dict[str, Any] = _method(job)(
         job.inputs["checkpoint"], job.out, params, _tokens(job, "evaluation")
     )
-    if timing.speed and "onnx" in result:
-        from compressor.runtimes import Target
-        from compressor.runtimes.measure import measure
-
+    if job.config.head.evaluate.speed and "onnx" in result:
         os.sync()  # or writing back the files just made would be timed too
-        result["onnx"]["speed"] = measure(
-            Target(job.out / "onnx", "onnxruntime"),
-            device=job.device,
-            prompt_tokens=timing.prompt_tokens,
-            new_tokens=timing.new_tokens,
-            repeats=timing.repeats,
-        )
+        result["onnx"]["speed"] = _speed(job, job.out / "onnx", "onnxruntime")
     return result
 
 
@@ -197,8 +187,6 @@ def evaluate(job: Job) -> dict[str, Any]:
     """Quality, bytes and, where asked for, speed of a checkpoint."""
     from compressor.evaluate.quality import Reference
     from compressor.evaluate.quality import evaluate as measure_quality
-    from compressor.runtimes import Target
-    from compressor.runtimes.measure import measure
 
     reference = None
     if "reference" in job.inputs:
@@ -214,16 +202,24 @@ def evaluate(job: Job) -> dict[str, Any]:
         batch_size=job.config.head.batch_size,
     )
     write_json(job.out / "metrics.json", metrics)
-    timing = job.config.head.evaluate
-    if timing.speed:
-        metrics["speed"] = measure(
-            Target(job.inputs["checkpoint"], "torch"),
-            device=job.device,
-            prompt_tokens=timing.prompt_tokens,
-            new_tokens=timing.new_tokens,
-            repeats=timing.repeats,
-        )
+    if job.config.head.evaluate.speed:
+        metrics["speed"] = _speed(job, job.inputs["checkpoint"], "torch")
     return metrics
+
+
+def _speed(job: Job, folder: Path, runtime: str) -> dict[str, Any]:
+    """Tokens/s of a folder as the configuration asks for them."""
+    from compressor.runtimes import Target
+    from compressor.runtimes.measure import measure
+
+    timing = job.config.head.evaluate
+    return measure(
+        Target(folder, runtime),
+        device=job.device,
+        prompt_tokens=timing.prompt_tokens,
+        new_tokens=timing.new_tokens,
+        repeats=timing.repeats,
+    )
 
 
 def trial(job: Job) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from compressor.heal.distillation import (
     distribution_loss,
     divergence,
     hidden_loss,
-    outputs_of,
 )
+from compressor.inputs import outputs_of
 from compressor.targets import Targets, buckets, normalised
 from tests.tiny import tokens
 
@@ -183,7 +183,8 @@ def test_hidden_states_are_compared_behind_a_norm() -> None:
 
 def test_outputs_are_seen_while_asked_for_only() -> None:
     block = nn.Linear(3, 3)
-    with outputs_of({5: block}) as seen:
+    seen: dict[int, torch.Tensor] = {}
+    with outputs_of({5: block}, seen.__setitem__):
         y = block(torch.ones(1, 3))
         assert seen[5] is y
     block(torch.zeros(1, 3))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from compressor.allocate.probe import Costs, Probe, energy
 from compressor.backward import Tape, backward
+from compressor.inputs import inputs_of, outputs_of
 from compressor.moments import Gram
 from compressor.walk import Stream, walk
 
@@ -96,17 +97,12 @@ def _seen(linears: dict[str, nn.Module]) -> Iterator[tuple[dict[str, Tensor], di
     inputs: dict[str, Tensor] = {}
     gradients: dict[str, Tensor] = {}
 
-    def hook(name: str) -> Callable[..., None]:
-        def watch(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            inputs[name] = args[0].detach()
-            # a copy: the last linear's is the walk's own gradient, which moves on in place
-            output.register_hook(lambda gradient: gradients.__setitem__(name, gradient.clone()))
+    def read(name: str, x: Tensor) -> None:
+        inputs[name] = x.detach()
 
-        return watch
+    def made(name: str, output: Tensor) -> None:
+        # a copy: the last linear's is the walk's own gradient, which moves on in place
+        output.register_hook(lambda gradient: gradients.__setitem__(name, gradient.clone()))
 
-    handles = [linear.register_forward_hook(hook(name)) for name, linear in linears.items()]
-    try:
+    with inputs_of(linears, read), outputs_of(linears, made):
         yield inputs, gradients
-    finally:
-        for handle in handles:
-            handle.remove()

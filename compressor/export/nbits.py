@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compressor.errors import ExportError, MissingDependency
+from compressor.errors import ExportError
 from compressor.layouts import Codes
+from compressor.runtimes.session import load_onnxruntime
 
 CONTAINER = {2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}
 """Width of the operator that holds integers of each width."""
@@ -132,16 +133,13 @@ def round_to_nearest(weight: Tensor, bits: int, block: int = 32) -> Codes:
 
 def check_widths(containers: set[int]) -> None:
     """Raises `ExportError` where the installed onnxruntime is too old for a width."""
-    try:
-        import onnxruntime
-    except ImportError:
-        raise MissingDependency("onnxruntime", "cpu", "checking an ONNX export") from None
-    found = tuple(map(int, onnxruntime.__version__.split(".")[:2]))
+    version: str = load_onnxruntime().__version__
+    found = tuple(map(int, version.split(".")[:2]))
     for bits in sorted(containers):
         if found < SINCE[bits]:
             needed = ".".join(map(str, SINCE[bits]))
             raise ExportError(
-                f"{bits}-bit integers need onnxruntime {needed}, here is "
-                f"{onnxruntime.__version__}; run: pip install -U 'onnxruntime>={needed}', or set "
-                "export.formats to [safetensors]"
+                f"{bits}-bit integers need onnxruntime {needed}, here is {version}; "
+                f"run: pip install -U 'onnxruntime>={needed}', or set export.formats to "
+                "[safetensors]"
             )

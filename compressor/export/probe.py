@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from compressor.blocks import Blocks, hidden
+from compressor.blocks import Blocks
+from compressor.inputs import outputs_of
 from compressor.runtimes.session import MODEL, Session
 
 _PROBE = ".probe.onnx"
@@ -45,20 +46,15 @@ def first_difference(model: Any, folder: Path, ids: Tensor, tolerance: float) ->
     """
     seen: dict[str, np.ndarray] = {}
 
-    def keep(name: str) -> Any:
-        def hook(_: nn.Module, __: Any, output: Any) -> None:
-            seen[name] = hidden(output).float().numpy()
-
-        return hook
+    def keep(name: str, output: Tensor) -> None:
+        seen[name] = output.float().numpy()
 
     blocks = Blocks(model)
     watched = {"model.embed_tokens": model.get_input_embeddings()}
     for index in range(len(blocks)):
         watched |= blocks.attention(index) | blocks.ffn(index)
-    handles = [module.register_forward_hook(keep(name)) for name, module in watched.items()]
-    seen["logits"] = model(ids).logits.float().numpy()
-    for handle in handles:
-        handle.remove()
+    with outputs_of(watched, keep):
+        seen["logits"] = model(ids).logits.float().numpy()
     with probed(folder, tuple(watched)) as session:
         inside = session.values(ids.numpy())
     for name in (name for name in (*watched, "logits") if name in inside):

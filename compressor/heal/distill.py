@@ -15,11 +15,12 @@ from compressor.blocks import Blocks
 from compressor.decoder import skeleton
 from compressor.errors import HealingError
 from compressor.heal import DistillParams, LastBlocksParams, TrainingParams
-from compressor.heal.distillation import distribution_loss, hidden_loss, outputs_of
+from compressor.heal.distillation import distribution_loss, hidden_loss
 from compressor.heal.healer import Batch, Healer, Healing
 from compressor.heal.last_blocks import thawed
 from compressor.heal.lora import adapter
 from compressor.heal.train import train
+from compressor.inputs import outputs_of
 from compressor.targets import Teacher, TeacherRecord, check_student, fingerprints, text_digest
 
 _TINY = 1e-12
@@ -92,7 +93,8 @@ class Distillation:
         """Scalar in float32."""
         tokens, params = batch["input_ids"], self._params
         targets = self._teacher.targets(batch["index"].tolist(), tokens.device)
-        with outputs_of(self._matched) as states:
+        states: dict[int, Tensor] = {}
+        with outputs_of(self._matched, states.__setitem__):
             logits = model(input_ids=tokens, use_cache=False).logits
         loss = distribution_loss(
             logits, targets, tokens, tau=params.tau, ce_weight=params.ce_weight

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, mse_loss
 
-from compressor.blocks import hidden
 from compressor.targets import Targets, buckets, normalised
 
 CHUNK_BYTES = 2**24
@@ -117,19 +115,3 @@ def hidden_loss(
         x = normalised(states[block])
         gaps.append(mse_loss(filters[block](x) if block in filters else x, target.float()))
     return torch.stack(gaps).mean()
-
-
-@contextmanager
-def outputs_of(blocks: Mapping[int, nn.Module]) -> Iterator[dict[int, Tensor]]:
-    """A dict that fills with the output of each of the blocks, (B, T, D), as they run."""
-    seen: dict[int, Tensor] = {}
-
-    def hook(index: int) -> Callable[[nn.Module, Any, Any], None]:
-        return lambda _, __, output: seen.__setitem__(index, hidden(output))
-
-    handles = [block.register_forward_hook(hook(index)) for index, block in blocks.items()]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from compressor.blocks import Blocks
 from compressor.errors import HealingError, NotApplicable
 from compressor.heal import LastBlocksParams
 from compressor.heal.healer import Healer, Healing
 from compressor.heal.train import train
-from compressor.heal.write import replace
+from compressor.heal.write import whole
 
 
 def heal(healing: Healing) -> dict[str, Any]:
@@ -34,11 +33,9 @@ def thawed(healing: Healing) -> Healer:
     """The whole model in float32, frozen but for the asked parts."""
     params = healing.params
     assert isinstance(params, LastBlocksParams)
-    model = AutoModelForCausalLM.from_pretrained(
-        healing.source, dtype="float32", device_map={"": healing.device}
-    )
+    model, write = whole(healing)
     thaw(model, chosen(params, len(Blocks(model)), healing.source), head=params.head)
-    return Healer(model, lambda weights, folder: replace(model, weights, healing.source, folder))
+    return Healer(model, write)
 
 
 def chosen(params: LastBlocksParams, num_blocks: int, source: Path) -> list[int]:

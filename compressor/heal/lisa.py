@@ -6,20 +6,14 @@ import random
 from typing import Any
 
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from compressor.blocks import Blocks
 from compressor.errors import HealingError
 from compressor.heal import LisaParams
 from compressor.heal.healer import Healer, Healing
 from compressor.heal.train import train
-from compressor.heal.write import replace
+from compressor.heal.write import whole
 
 
 def heal(healing: Healing) -> dict[str, Any]:
@@ -38,9 +32,7 @@ def sampled(healing: Healing) -> Healer:
     """The whole model in float32, of which the schedule freezes what does not train."""
     params = healing.params
     assert isinstance(params, LisaParams)
-    model = AutoModelForCausalLM.from_pretrained(
-        healing.source, dtype="float32", device_map={"": healing.device}
-    )
+    model, write = whole(healing)
     blocks = Blocks(model)
     if params.blocks > len(blocks):
         raise HealingError(
@@ -49,7 +41,7 @@ def sampled(healing: Healing) -> Healer:
     outside = _weights(model) - _weights(blocks.layers)
     return Healer(
         model,
-        lambda weights, folder: replace(model, weights, healing.source, folder),
+        write,
         callbacks=(Schedule(blocks, params, healing.seed),),
         together=outside + params.blocks * _weights(blocks.layers[0]),
     )

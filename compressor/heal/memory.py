@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +11,7 @@ from torch import Tensor, nn
 from compressor.errors import HealingError
 from compressor.heal import TrainingParams
 from compressor.heal.healer import Healer, Healing, next_token_loss
+from compressor.memory import from_proc
 
 log = logging.getLogger(__name__)
 _PROBES = (16, 32, 64)
@@ -123,23 +122,15 @@ def _saved(model: nn.Module, tokens: Tensor) -> int:
 def _resident(device: str) -> int:
     if device != "cpu":
         return torch.cuda.memory_allocated()
-    return _from_proc("/proc/self/status", "VmRSS")
+    return from_proc("/proc/self/status", "VmRSS")
 
 
 def _so_far(device: str) -> int:
     """The peak until now, that of loading."""
-    return 0 if device != "cpu" else _from_proc("/proc/self/status", "VmHWM")
+    return 0 if device != "cpu" else from_proc("/proc/self/status", "VmHWM")
 
 
 def _free(device: str) -> int:
     if device != "cpu":
         return int(torch.cuda.mem_get_info()[0])
-    return _from_proc("/proc/meminfo", "MemAvailable")
-
-
-def _from_proc(path: str, name: str) -> int:
-    """Bytes of a line of a Linux status file; 0 where there is none."""
-    if not os.path.exists(path):
-        return 0
-    lines = [line for line in Path(path).read_text().splitlines() if line.startswith(name + ":")]
-    return int(lines[0].split()[1]) * 1024 if lines else 0
+    return from_proc("/proc/meminfo", "MemAvailable")

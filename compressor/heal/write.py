@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from compressor import progress
 from compressor.checkpoint import Checkpoint, CheckpointWriter
 from compressor.dense import DenseReader
 from compressor.errors import HealingError
-from compressor.heal.healer import Weights
+from compressor.heal.healer import Healing, Weights
 
 
 def rewrite(source: Path, out: Path, changes: Mapping[str, Callable[[Tensor], Tensor]]) -> None:
@@ -26,6 +27,14 @@ def rewrite(source: Path, out: Path, changes: Mapping[str, Callable[[Tensor], Te
             tensor = checkpoint.tensor(name)
             writer.add(name, changes[name](tensor) if name in changes else tensor)
         writer.finish(checkpoint.config, checkpoint.side_files)
+
+
+def whole(healing: Healing) -> tuple[Any, Callable[[Weights, Path], None]]:
+    """The model to heal in float32, and what writes the weights of it that trained."""
+    model = AutoModelForCausalLM.from_pretrained(
+        healing.source, dtype="float32", device_map={"": healing.device}
+    )
+    return model, lambda weights, folder: replace(model, weights, healing.source, folder)
 
 
 def replace(model: nn.Module, weights: Weights, source: Path, out: Path) -> None:

@@ -61,6 +61,7 @@ class Guide:
             )
         batch_size = stream.batches[0].stop
         self._stream = Stream(self._decoder, stream.tokens, batch_size)
+        self._decoder.drop_shell()
 
     @contextmanager
     def beside(self, step: Step) -> Iterator[Step]:

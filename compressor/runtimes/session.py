@@ -33,10 +33,7 @@ class Session:
         self, folder: Path, device: str = "auto", model: str = MODEL, threads: int | None = None
     ) -> None:
         """Load the graph `model` from `folder`; `threads` None is onnxruntime's own choice."""
-        try:
-            import onnxruntime
-        except ImportError:
-            raise MissingDependency("onnxruntime", "cpu", "running an ONNX export") from None
+        onnxruntime = load_onnxruntime()
         wanted = ["CUDAExecutionProvider"] if device in ("auto", "cuda") else []
         offered = onnxruntime.get_available_providers()
         if device == "cuda" and not set(wanted) <= set(offered):
@@ -116,3 +113,12 @@ class Session:
             tokens.append(int(logits[0, -1].argmax()))
             ids = np.array([[tokens[-1]]], np.int64)
         return tokens
+
+
+def load_onnxruntime() -> Any:
+    """The package; raises `MissingDependency` where it is not installed."""
+    try:
+        import onnxruntime
+    except ImportError:
+        raise MissingDependency("onnxruntime", "cpu", "running an ONNX export") from None
+    return onnxruntime

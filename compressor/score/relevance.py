@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from compressor.backward import ReverseStep, Tape, backward
-from compressor.blocks import hidden
 from compressor.decoder import Decoder
 from compressor.errors import NotApplicable
+from compressor.inputs import outputs_of
 from compressor.records import Scores
 from compressor.score.attnlrp import attnlrp
 from compressor.score.collector import Collector
@@ -71,7 +70,13 @@ class Relevance(Collector):
         for branch in (blocks.attention(step.index), blocks.ffn(step.index)):
             modules[self._last_of(branch)] = branch[self._last_of(branch)]
         sums = dict.fromkeys(modules, 0.0)
-        with self._rules(step.index), _outputs(modules) as outputs:
+        outputs: dict[str, Tensor] = {}
+
+        def keep(name: str, output: Tensor) -> None:
+            outputs[name] = output
+            output.retain_grad()
+
+        with self._rules(step.index), outputs_of(modules, keep):
             for _ in step.retreat():
                 for name, z in outputs.items():
                     assert z.grad is not None
@@ -108,23 +113,3 @@ class Relevance(Collector):
     def _last_of(branch: dict[str, nn.Module]) -> str:
         """The module whose output a branch is; the feed-forward of OPT has two."""
         return next(reversed(branch))
-
-
-@contextmanager
-def _outputs(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """What the modules made of the latest batch, by name, keeping their gradients."""
-    outputs: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Any:
-        def hook(_: nn.Module, __: Any, output: Any) -> None:
-            outputs[name] = hidden(output)
-            outputs[name].retain_grad()
-
-        return hook
-
-    handles = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
