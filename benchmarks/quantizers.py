@@ -37,7 +37,7 @@ from compressor.quantize.driver import Recipe, quantize_blocks
 from compressor.records import BitPlan
 from compressor.score import METHODS as SCORES
 from compressor.score.collect import score
-from pipelines.allocation import choose_widths
+from pipelines.allocation import choose_widths, measure_costs
 
 HERE = Path(__file__).resolve().parent
 TEXTBOOK = {"search": False, "damp": 0.01, "polish": 0}
@@ -109,7 +109,8 @@ def widths(model: Path, by: str, average: float, tokens: Tensor) -> BitPlan:
         score(model, tokens, {"lim": SCORES["lim"].params()}) if "scores" in row.needs else None
     )
     decoder = Decoder(model)
-    return choose_widths(decoder, tokens, by, params, scores=scores, batch_size=4)[0]
+    measured = measure_costs(decoder, tokens, by, params, scores=scores, batch_size=4)
+    return choose_widths(decoder, tokens, measured, params, batch_size=4)[0]
 
 
 def quantized(model: Path, name: str, tokens: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from compressor.allocate import AllocateParams
-from compressor.allocate.driver import allocate
+from compressor.allocate.driver import measure, spend
+from compressor.allocate.measured import Measured
 from compressor.allocate.probe import Probe
 from compressor.decoder import Decoder
 from compressor.quantize import GridParams
@@ -15,7 +16,7 @@ from compressor.quantize.options import Options
 from compressor.records import BitPlan, Scores
 
 
-def choose_widths(
+def measure_costs(
     decoder: Decoder,
     tokens: Tensor,
     method: str,
@@ -23,21 +24,18 @@ def choose_widths(
     *,
     scores: Scores | None,
     batch_size: int,
+) -> Measured:
+    """What each width of each unit costs by a method, whatever the budget."""
+    probe, options = _probe(decoder, tokens, params, batch_size, scores=scores)
+    return measure(probe, method, params, options.dense_bytes)
+
+
+def choose_widths(
+    decoder: Decoder, tokens: Tensor, measured: Measured, params: AllocateParams, batch_size: int
 ) -> tuple[BitPlan, dict[str, Any]]:
-    """The plan that a method makes of a budget, and its figures for the summary."""
-    grid = GridParams(**params.model_dump(include=set(GridParams.model_fields)))
-    options = Options(decoder, grid, params.widths)
-    probe = Probe(
-        decoder=decoder,
-        tokens=tokens[: params.max_windows],
-        units=options.units,
-        widths=options.widths,
-        quantize=options.quantize,
-        nearest=options.nearest,
-        scores=scores,
-        batch_size=batch_size,
-    )
-    chosen = allocate(probe, method, params, options.dense_bytes)
+    """The plan that a budget buys at measured costs, and its figures for the summary."""
+    probe, options = _probe(decoder, tokens, params, batch_size, energies=measured.energies)
+    chosen = spend(measured.costs, probe, params, options.dense_bytes)
     figures: dict[str, Any] = {
         "average_bits": chosen.average_bits,
         "bits_per_weight": chosen.bits_per_weight,
@@ -52,5 +50,23 @@ def choose_widths(
         )
     if options.left_out:
         figures["left_out"] = options.left_out
-    plan = options.plan(chosen.bits, f"{method}: {chosen.average_bits:.4g} bits on average")
+    plan = options.plan(chosen.bits, f"{measured.method}: {chosen.average_bits:.4g} bits on average")
     return plan, figures
+
+
+def _probe(
+    decoder: Decoder, tokens: Tensor, params: AllocateParams, batch_size: int, **known: Any
+) -> tuple[Probe, Options]:
+    grid = GridParams(**params.model_dump(include=set(GridParams.model_fields)))
+    options = Options(decoder, grid, params.widths)
+    probe = Probe(
+        decoder=decoder,
+        tokens=tokens[: params.max_windows],
+        units=options.units,
+        widths=options.widths,
+        quantize=options.quantize,
+        nearest=options.nearest,
+        batch_size=batch_size,
+        **known,
+    )
+    return probe, options

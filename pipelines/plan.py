@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from compressor.allocate import BUDGET
 from compressor.artifact import key_of
 from compressor.errors import ConfigError
 from compressor.heal import TEACHER, TeacherParams
@@ -187,6 +188,8 @@ class _Planner:
         roles = {role for row in table.values() for role in row.needs}
         if "teacher" in roles and {"unpruned", "healing"} <= self.latest.keys():
             self.latest["teacher"] = self._teacher(next(iter(asked.methods.values())))
+        if "costs" in roles:
+            self.latest["costs"] = self._costs(asked, roles - {"costs"})
         taught = {role for given in asked.methods.values() for role in given.needs}
         label = label or self._label(asked.verb)
         stage = self._add(
@@ -225,6 +228,24 @@ class _Planner:
             version=TEACHER.version,
             beside={"student": self.latest["checkpoint"]},
         )
+        return self._once(stage)
+
+    def _costs(self, asked: StageConfig, roles: set[str]) -> Stage:
+        """The stage that measures costs for an allocate stage; one for all budgets."""
+        ((name, params),) = asked.methods.items()
+        stage = Stage(
+            verb="costs",
+            label=self._label("costs"),
+            method=name,
+            params={name: params.model_dump(mode="json", exclude={*BUDGET})},
+            inputs=self._inputs("allocate", roles),
+            methods=asked.methods,
+            version=methods("allocate")[name].version,
+        )
+        return self._once(stage)
+
+    def _once(self, stage: Stage) -> Stage:
+        """A stage of this key that is planned already, or else this one."""
         known = (each for each in self.done if each.key == stage.key)
         return next(known, None) or self._add(stage)
 

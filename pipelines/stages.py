@@ -118,21 +118,41 @@ def heal(job: Job) -> dict[str, Any]:
     return result
 
 
-def allocate(job: Job) -> dict[str, Any]:
-    """Choose the width of every linear."""
-    from pipelines.allocation import choose_widths
+def costs(job: Job) -> dict[str, Any]:
+    """Measure what every width of every linear costs."""
+    from pipelines.allocation import measure_costs
 
     name, params = job.method
     assert isinstance(params, AllocateParams)
     tokens = _tokens(job, "calibration")
     assert tokens is not None
-    plan, figures = choose_widths(
+    measured = measure_costs(
         Decoder(job.inputs["checkpoint"], job.device),
         tokens,
         name,
         params,
         scores=Scores.load(job.inputs["scores"] / SCORES) if "scores" in job.inputs else None,
         batch_size=job.config.head.batch_size,
+    )
+    measured.save(job.out)
+    return {"units": len(measured.costs), "widths": [*measured.costs[0]]}
+
+
+def allocate(job: Job) -> dict[str, Any]:
+    """Choose the width of every linear."""
+    from compressor.allocate.measured import Measured
+    from pipelines.allocation import choose_widths
+
+    _, params = job.method
+    assert isinstance(params, AllocateParams)
+    tokens = _tokens(job, "calibration")
+    assert tokens is not None
+    plan, figures = choose_widths(
+        Decoder(job.inputs["checkpoint"], job.device),
+        tokens,
+        Measured.load(job.inputs["costs"]),
+        params,
+        job.config.head.batch_size,
     )
     plan.save(job.out / BITS)
     return figures

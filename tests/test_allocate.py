@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from compressor.allocate import METHODS, AllocateParams, FisherParams, ImportanceParams
-from compressor.allocate.driver import Allocation, allocate, spend
+from compressor.allocate.driver import Allocation, measure, spend
 from compressor.allocate.fisher import fisher
 from compressor.allocate.importance import importance, saliencies
 from compressor.allocate.probe import Probe
@@ -278,7 +278,8 @@ def test_batches_do_not_matter(llama: Path) -> None:
 
 def chosen(probe: Probe, options: Options, **budget: Any) -> Allocation:
     params = FisherParams(group_size=16, **budget)
-    return allocate(probe, "fisher", params, options.dense_bytes)
+    measured = measure(probe, "fisher", params, options.dense_bytes)
+    return spend(measured.costs, probe, params, options.dense_bytes)
 
 
 @pytest.mark.parametrize("form", ["compressed-tensors", "gptq"])

@@ -156,7 +156,9 @@ def test_scores_and_selections_are_spent_by_pruning() -> None:
 def test_widths_are_spent_by_the_stage_that_takes_them() -> None:
     chosen = [{"score": ["zd"]}, {"allocate": {"method": "importance", "average_bits": 3}}]
     by_label = {s.label: s for s in stages(stages=[*chosen, "quantize"])}
-    assert sorted(by_label["allocate"].inputs) == ["calibration", "checkpoint", "scores"]
+    read = ["calibration", "checkpoint", "scores"]
+    assert sorted(by_label["costs"].inputs) == read
+    assert sorted(by_label["allocate"].inputs) == sorted([*read, "costs"])
     assert by_label["quantize"].inputs["bits"] is by_label["allocate"]
     pruned = [*chosen, {"prune": {"method": "magnitude"}}, "quantize"]
     assert "bits" not in {s.label: s for s in stages(stages=pruned)}["quantize"].inputs
@@ -166,6 +168,21 @@ def test_widths_are_spent_by_the_stage_that_takes_them() -> None:
     assert "bits" not in {s.label: s for s in stages(stages=[own])}["quantize"].inputs
     with pytest.raises(ConfigError, match="remove one of the two"):
         stages(stages=[*chosen, own])
+
+
+def test_budgets_share_their_costs() -> None:
+    def asked(**given: object) -> list[Stage]:
+        return stages(stages=[{"allocate": {"group_size": 64, **given}}])
+
+    def key(verb: str, found: list[Stage]) -> str:
+        return next(s.key for s in found if s.verb == verb)
+
+    three = asked(average_bits=3)
+    for same in (asked(average_bits=4), asked(max_bytes="90MB"), asked(average_bits=3, refine=9)):
+        assert key("costs", same) == key("costs", three)
+        assert key("allocate", same) != key("allocate", three)
+    for other in (asked(average_bits=3, widths=[2, 4]), asked(average_bits=3, seed=1)):
+        assert key("costs", other) != key("costs", three)
 
 
 def test_stages_repeat() -> None:

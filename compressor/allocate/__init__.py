@@ -20,6 +20,10 @@ def _listed(value: Any) -> Any:
 Widths = Annotated[tuple[Bits, ...], BeforeValidator(_listed), Field(min_length=1)]
 
 
+BUDGET = frozenset({"average_bits", "max_bytes", "refine"})
+"""Parameters that no cost depends on."""
+
+
 class AllocateParams(Params):
     """The budget, one of `average_bits` and `max_bytes`, and what may be spent on."""
 
@@ -69,7 +73,7 @@ METHODS = {
         "second-order rise in KL: output errors weighted by the Fisher information behind them",
         "GuidedQuant, arXiv:2505.07004 section 3.2; BRECQ, arXiv:2102.05426 section 3.2",
         "about 3 forwards and one quantization per width, on max_windows",
-        ("calibration",),
+        ("calibration", "costs"),
     ),
     "importance": Method(
         "compressor.allocate.importance:importance",
@@ -77,6 +81,6 @@ METHODS = {
         "a score of the block or linear times the relative error of its output",
         "LIM and ZD, arXiv:2406.17415 section 3; times sensitivity, Mix-QViT, arXiv:2501.06357",
         "a forward and one quantization per width, on max_windows",
-        ("calibration", "scores"),
+        ("calibration", "costs", "scores"),
     ),
 }

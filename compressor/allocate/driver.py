@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from compressor.allocate import METHODS, AllocateParams
+from compressor.allocate.measured import Measured
 from compressor.allocate.probe import Costs, Probe
 from compressor.allocate.refine import MixedModel, Refined, refine
 from compressor.allocate.rule import greedy
@@ -35,8 +36,8 @@ class Allocation:
     refined: Refined | None = None
 
 
-def allocate(probe: Probe, method: str, params: AllocateParams, dense_bytes: int) -> Allocation:
-    """Widths of least cost within the budget; dense_bytes: what is not in the units.
+def measure(probe: Probe, method: str, params: AllocateParams, dense_bytes: int) -> Measured:
+    """What every width of every unit costs; of the budget, only whether it can be met counts.
 
     Raises `SelectionError` with the reachable range when no width meets the budget, before
     anything is measured, and `CompressError` for a cost that is not finite.
@@ -50,11 +51,15 @@ def allocate(probe: Probe, method: str, params: AllocateParams, dense_bytes: int
                 f"{unit.names[0]}: {method} gives {cost}; a gradient or a score is not finite: "
                 "compute in float32 (device: cpu), or check the checkpoint for damage"
             )
-    return spend(costs, probe, params, dense_bytes)
+    return Measured(method, costs, {u.names[0]: probe.energies[u.names[0]] for u in probe.units})
 
 
 def spend(costs: Costs, probe: Probe, params: AllocateParams, dense_bytes: int) -> Allocation:
-    """The widths that a budget within reach buys."""
+    """Widths of least cost within the budget; dense_bytes: what is not in the units.
+
+    Raises `SelectionError` with the reachable range when no width meets the budget.
+    """
+    check_budget(params, probe.units, probe.widths, dense_bytes)
     units, refined = probe.units, None
     weights = sum(unit.weights for unit in units)
     sizes: list[Mapping[int, int]] = [unit.sizes for unit in units]
