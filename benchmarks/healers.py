@@ -38,9 +38,9 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "none": ("", {}),
     "qlora": ("qlora", ADAPTER),
     "lora": ("lora", ADAPTER),
-    "lisa": ("lisa", {"learning_rate": 1e-4, "blocks": 2, "every": 5}),
+    "lisa": ("lisa", {"learning_rate": 3e-4, "blocks": 2, "every": 5}),
     "distill": ("distill", ADAPTER),
-    "last_blocks": ("last_blocks", {"learning_rate": 1e-4, "blocks": 3}),
+    "last_blocks": ("last_blocks", {"learning_rate": 3e-4, "blocks": 3}),
 }
 """Row: method and its parameters beside `SHARED` and the seconds."""
 TAUGHT = 100

@@ -50,8 +50,8 @@ def choose_widths(
         )
     if options.left_out:
         figures["left_out"] = options.left_out
-    plan = options.plan(chosen.bits, f"{measured.method}: {chosen.average_bits:.4g} bits on average")
-    return plan, figures
+    reason = f"{measured.method}: {chosen.average_bits:.4g} bits on average"
+    return options.plan(chosen.bits, reason), figures
 
 
 def _probe(

@@ -36,7 +36,7 @@ def check(healing: Healing, windows: int) -> None:
     if params.skip_below and processes() > 1:
         raise HealingError("skip_below: processes that skip cannot wait for each other; use one")
     passes = params.steps * params.batch_size / windows
-    if passes > _MANY_PASSES:
+    if passes > _MANY_PASSES and not params.max_seconds:
         log.warning(
             "heal: %d steps of %d windows go %.0f times over %d windows, which learns them by "
             "heart: give more text.healing.windows, or fewer heal.steps",
