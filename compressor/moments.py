@@ -37,25 +37,34 @@ class Gram:
 
 
 class Cross:
-    """(Y - Y') X'^T for y of one stream, y' and x' of another, as a mean over tokens.
+    """D X^T of what one stream lacks beside another and what it reads, as a mean over tokens.
 
-    The difference is formed in float32 before it is multiplied: streams that are equal give
-    exact zeros.
+    Accumulates (O, I) in float32; the products follow the autocast they are taken under.
     """
 
-    def __init__(self, features: int, device: torch.device, rows: int | None = None) -> None:
-        """Start empty for x' of `features` channels and y of `rows`, by default as many."""
-        self._sum = torch.zeros(rows or features, features, device=device)
+    def __init__(self, rows: int, features: int, device: torch.device) -> None:
+        """Start empty for d of `rows` and x of `features` channels."""
+        self._sum = torch.zeros(rows, features, device=device)
         self._count = 0
 
-    def add(self, y: Tensor, other: Tensor, x: Tensor | None = None) -> None:
-        """Add the same tokens' y and y' (..., O), and x' (..., I), which is y' unless given."""
-        y, other = (each.reshape(-1, each.shape[-1]).float() for each in (y, other))
-        x = other if x is None else x.reshape(-1, x.shape[-1]).float()
-        self._sum.addmm_((y - other).T, x)
-        self._count += len(y)
+    def add(self, lacking: Tensor, x: Tensor) -> None:
+        """Add the same tokens' d (..., O) and x (..., I)."""
+        lacking, x = (each.reshape(-1, each.shape[-1]) for each in (lacking.float(), x.float()))
+        self._sum += lacking.T @ x
+        self._count += len(x)
 
     @property
     def mean(self) -> Tensor:
-        """(O, I): mean over tokens of (y - y') x'^T."""
+        """(O, I): mean over tokens of d x^T."""
         return self._sum / max(1, self._count)
+
+
+def energy(weight: Tensor, gram: Tensor) -> Tensor:
+    """tr(W H W^T) of weight (O, I) and a symmetric H (I, I), of which half is read."""
+    total = weight.new_zeros(())
+    for start in range(0, len(gram), _STRIP):
+        strip, rest = slice(start, start + _STRIP), slice(start + _STRIP, None)
+        own = weight[:, strip]
+        total += (own @ gram[strip, strip]).mul_(own).sum()
+        total += 2 * (own @ gram[strip, rest]).mul_(weight[:, rest]).sum()
+    return total

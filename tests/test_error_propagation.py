@@ -18,6 +18,7 @@ from compressor.quantize.driver import Recipe, quantize, quantize_blocks
 from compressor.quantize.error_propagation import propagate_error
 from compressor.quantize.inputs import input_groups, stream_writers
 from compressor.quantize.kinds import kind_of
+from compressor.quantize.turns import Reading, moments_of
 from compressor.records import BitPlan, Width
 from compressor.walk import Stream, walk
 from tests.tiny import save_tiny, tiny, tokens
@@ -49,13 +50,13 @@ def test_methods_vector_t6(
     gram, cross = LOW @ LOW.T, (FULL - LOW) @ LOW.T
     assert gram.tolist() == [[1.25, 0.75], [0.75, 3.25]]
     assert cross.tolist() == [[0.25, 0.75], [-0.25, -0.75]]
-    found, used = propagate_error(WEIGHT, cross, gram, alpha=alpha, damp=damp)
+    found, used = propagate_error(WEIGHT, WEIGHT @ cross, gram, alpha=alpha, damp=damp)
     assert used == damp
     if corrected:
         torch.testing.assert_close(found, double(corrected), atol=1e-6, rtol=0)
     left = (WEIGHT @ FULL - found @ LOW).square().sum()
     assert float(left) == pytest.approx(residual, abs=1e-6)
-    halves = propagate_error(WEIGHT, cross / 2, gram / 2, alpha=alpha, damp=damp)[0]
+    halves = propagate_error(WEIGHT, WEIGHT @ cross / 2, gram / 2, alpha=alpha, damp=damp)[0]
     torch.testing.assert_close(halves, found)
 
 
@@ -68,16 +69,17 @@ def streams(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 
 def moments(x: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     """(C, H) as the walk gathers them."""
-    gram, cross = Gram(x.shape[1], x.device), Cross(x.shape[1], x.device)
+    gram, cross = Gram(x.shape[1], x.device), Cross(x.shape[1], x.shape[1], x.device)
     for a, b in zip(x.split(20), other.split(20), strict=True):
         gram.add(b)
-        cross.add(a, b)
+        cross.add(a - b, b)
     return cross.mean, gram.mean
 
 
 def test_all_of_it_without_ridge_is_least_squares() -> None:
     weight, x, other = streams()
-    found, _ = propagate_error(weight, *moments(x, other), alpha=1, damp=0)
+    cross, gram = moments(x, other)
+    found, _ = propagate_error(weight, weight @ cross, gram, alpha=1, damp=0)
     expected = torch.linalg.lstsq(other.double(), x.double() @ weight.T.double()).solution.T
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
 
@@ -86,7 +88,7 @@ def test_ridge_pulls_towards_the_weight() -> None:
     """alpha 1 minimises ||W X - V X'||^2 / N + ridge ||V - W||^2: its gradient is zero there."""
     weight, x, other = (each.double() for each in streams())
     cross, gram = (x - other).T @ other / 50, other.T @ other / 50
-    found, _ = propagate_error(weight, cross, gram, alpha=1, damp=0.3)
+    found, _ = propagate_error(weight, weight @ cross, gram, alpha=1, damp=0.3)
     ridge = 0.3 * gram.diagonal().mean()
     slope = (found @ other.T - weight @ x.T) @ other / 50 + ridge * (found - weight)
     torch.testing.assert_close(slope, torch.zeros_like(slope), atol=1e-12, rtol=0)
@@ -95,36 +97,39 @@ def test_ridge_pulls_towards_the_weight() -> None:
 def test_with_the_streams_lag_it_is_least_squares_on_the_stream() -> None:
     weight, x, other = streams()
     h, lost = torch.randn(2, 50, 6, generator=torch.Generator().manual_seed(1))
-    lag = Cross(8, x.device, rows=6)
-    for part in (slice(0, 20), slice(20, 50)):
-        lag.add(h[part], lost[part], other[part])
-    cross, gram = moments(x, other)
-    found, _ = propagate_error(weight, cross, gram, alpha=1, damp=0, lag=lag.mean)
+    parts = (slice(0, 20), slice(20, 50))
+    pairs = [(Reading(other[p], lost[p]), Reading(x[p], h[p])) for p in parts]
+    gram, cross, lack = moments_of(pairs, weight, 1.0)
+    assert cross is None and lack is not None
+    found, _ = propagate_error(weight, lack, gram, alpha=1, damp=0)
     target = h.double() + x.double() @ weight.T.double() - lost.double()
     expected = torch.linalg.lstsq(other.double(), target).solution.T
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-5)
-    half, _ = propagate_error(weight, cross, gram, alpha=0.5, damp=0, lag=lag.mean)
+    half, _ = propagate_error(weight, lack, gram, alpha=0.5, damp=0)
     torch.testing.assert_close(half, (weight + found) / 2)
 
 
 @pytest.mark.parametrize("damp", [0.0, 0.2])
 def test_equal_streams_leave_the_weight_bitwise(damp: float) -> None:
     weight, x, _ = streams()
-    lag = Cross(8, x.device)
-    lag.add(x, x)
-    found, _ = propagate_error(weight, *moments(x, x), alpha=1, damp=damp, lag=lag.mean[:6])
-    assert torch.equal(found, weight)
+    h = x[:, :6]
+    for stream in (None, h):
+        gram, cross, lack = moments_of([(Reading(x, stream), Reading(x, stream))], weight, 1.0)
+        lack = weight @ cross if cross is not None else lack
+        assert lack is not None
+        assert torch.equal(propagate_error(weight, lack, gram, alpha=1, damp=damp)[0], weight)
 
 
 def test_a_singular_gram_gets_a_ridge_that_is_told() -> None:
     weight, x, other = streams()
     other[:, 3] = other[:, 2]
     other[:, 5] = 0
-    found, used = propagate_error(weight, *moments(x, other), alpha=1, damp=0)
+    cross, gram = moments(x, other)
+    found, used = propagate_error(weight, weight @ cross, gram, alpha=1, damp=0)
     assert used > 0 and torch.isfinite(found).all()
     torch.testing.assert_close(found[:, 5], weight[:, 5])
     with pytest.raises(QuantizationError, match="not positive definite"):
-        propagate_error(weight, torch.eye(8), torch.full((8, 8), torch.nan), alpha=1, damp=0.1)
+        propagate_error(weight, weight, torch.full((8, 8), torch.nan), alpha=1, damp=0.1)
 
 
 @pytest.mark.parametrize(
@@ -277,14 +282,15 @@ def test_two_streams_equal_two_whole_models(catch_up: float, tmp_path: Path) -> 
             names = [f"model.layers.{index}.{member}" for member in group.split()]
             full, low = reads(original, names[0]), reads(compressed, names[0])
             cross, gram = moments(full, low)
-            lag = None
+            lag: Tensor | float = 0.0
             if catch_up and group in WRITTEN_AFTER:
                 norm = f"model.layers.{index}.{WRITTEN_AFTER[group]}"
                 left = reads(original, norm) - reads(compressed, norm)
                 lag = catch_up * left.T @ low / len(low)
             for name in names:
                 weight = original.get_submodule(name).weight.data
-                target, _ = propagate_error(weight, cross, gram, alpha=0.7, damp=0.05, lag=lag)
+                lack = weight @ cross + lag
+                target, _ = propagate_error(weight, lack, gram, alpha=0.7, damp=0.05)
                 expected = recipe.quantizer(target, gram, recipe.grids[name]).integers
                 found = block.weights[name]
                 assert (expected == found.integers).float().mean() > 0.95, name

@@ -1,4 +1,4 @@
-"""Re-solved scales and coordinate descent against brute force."""
+"""Descent on scales and integers against brute force."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from compressor.quantize import polish
+from compressor.quantize import polish as module
 from compressor.quantize.gptq import gptq
 from compressor.quantize.grid import Grid
-from compressor.quantize.polish import descend, refit_scales
+from compressor.quantize.polish import descend, polish, rescale
 from compressor.quantize.rtn import rtn
 
 
@@ -37,35 +37,38 @@ def loss(weight: Tensor, rounded: Tensor, hessian: Tensor) -> Tensor:
     return ((off @ hessian) * off).sum(-1)
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_refitted_scales_are_a_minimum(symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(polish, "_HOLD", 0.0)
-    grid, weight, hessian, levels, scale, _ = problem(symmetric)
-    found = refit_scales(weight, hessian, levels, scale, grid)
-    least = loss(weight, product(levels, found), hessian)
-    assert (least < loss(weight, product(levels, scale), hessian)).all()
-    for group in range(3):
-        for factor in (0.999, 1.001):
-            moved = found.clone()
-            moved[:, group] *= factor
-            assert (loss(weight, product(levels, moved), hessian) > least).all()
-
-
-def test_scales_in_parts_equal_scales_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("group", range(3))
+def test_a_rescaled_group_is_at_its_minimum(group: int) -> None:
     grid, weight, hessian, levels, scale, _ = problem(True)
-    whole = refit_scales(weight, hessian, levels, scale, grid)
-    monkeypatch.setattr(polish, "_PRODUCTS", 1)
-    torch.testing.assert_close(refit_scales(weight, hessian, levels, scale, grid), whole)
+    columns = slice(8 * group, 8 * group + 8)
+    slope = hessian[columns] @ (product(levels, scale) - weight).T
+    own = levels[:, columns].T
+    change = rescale(slope, hessian[columns, columns], own, scale[:, group], grid)
+    assert change.all()
+
+    def losses(factor: float) -> Tensor:
+        moved = scale.clone()
+        moved[:, group] += factor * change
+        return loss(weight, product(levels, moved), hessian)
+
+    for factor in (0.0, 0.99, 1.01):
+        assert (losses(factor) > losses(1.0)).all()
 
 
 def test_groups_of_zeros_and_stored_dtypes_keep_their_scales() -> None:
-    _, weight, hessian, levels, scale, _ = problem(True)
-    levels[:, 8:16] = 0
+    _, weight, hessian, levels, scale, zero = problem(True)
     grid = Grid(2, 8, torch.bfloat16)
     scale = scale.bfloat16().double()
-    found = refit_scales(weight, hessian, levels, scale, grid)
-    assert torch.equal(found, found.bfloat16().double()) and (found != 0).all()
-    before, after = (loss(weight, product(levels, s), hessian) for s in (scale, found))
+    gram = hessian[8:16, 8:16]
+    slope = hessian[8:16] @ (product(levels, scale) - weight).T
+    change = rescale(slope, gram, levels[:, 8:16].T, scale[:, 1], grid)
+    new = scale[:, 1] + change
+    assert torch.equal(new, new.bfloat16().double()) and change.any()
+    assert not rescale(slope, gram, torch.zeros(8, 6).double(), scale[:, 1], grid).any()
+    own, step = levels[:, 8:16].T, scale[:, 1]
+    assert not rescale(gram @ (2 * own * step), gram, own, step, grid).any()  # best is -step
+    before = loss(weight, product(levels, scale), hessian)
+    after = loss(weight, product(*polish(weight, hessian, levels, scale, zero, grid)), hessian)
     assert (after <= before).all() and (after < before).any()
 
 
@@ -74,19 +77,46 @@ def test_groups_of_zeros_and_stored_dtypes_keep_their_scales() -> None:
 def test_descent_equals_trying_every_level(
     symmetric: bool, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(polish, "_BLOCK", block)
+    monkeypatch.setattr(module, "_BLOCK", block)
     grid, weight, hessian, levels, scale, zero = problem(symmetric)
-    found = descend(weight, hessian, levels, scale, zero, grid)
-    expected = levels.clone()
-    for row in range(6):
-        for column in range(24):
-            offset = zero[row, column // 8]
-            tries = torch.arange(grid.low, grid.high + 1).double() - offset
-            options = expected[row].repeat(len(tries), 1)
-            options[:, column] = tries
-            losses = loss(weight[row], product(options, scale[row].repeat(4, 1)), hessian)
-            expected[row, column] = tries[losses.argmin()]
-    assert torch.equal(found, expected) and not torch.equal(found, levels)
+    levels, changed = levels.clone(), 0
+    for group in range(3):
+        columns = slice(8 * group, 8 * group + 8)
+        slope = hessian[columns] @ (product(levels, scale) - weight).T / scale[:, group]
+        low, high = (bound[:, group] - levels[:, columns].T for bound in grid.bounds(zero))
+        moved = descend(slope, hessian[columns, columns], low, high).T
+        expected = levels.clone()
+        for row in range(6):
+            for column in range(columns.start, columns.stop):
+                tries = torch.arange(grid.low, grid.high + 1).double() - zero[row, group]
+                options = expected[row].repeat(len(tries), 1)
+                options[:, column] = tries
+                losses = loss(weight[row], product(options, scale[row].repeat(4, 1)), hessian)
+                expected[row, column] = tries[losses.argmin()]
+        levels[:, columns] += moved
+        assert torch.equal(levels, expected)
+        changed += int(moved.count_nonzero())
+    assert changed > 10
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_round_goes_over_the_groups_in_turn(symmetric: bool) -> None:
+    """Each group's scale, then its levels, by forming the slope anew every time."""
+    grid, weight, hessian, levels, scale, zero = problem(symmetric)
+    found = polish(weight, hessian, levels, scale, zero, grid)
+    levels, scale = levels.clone(), scale.clone()
+    for group in range(3):
+        columns = slice(8 * group, 8 * group + 8)
+        gram, own = hessian[columns, columns], levels[:, columns]
+
+        def slope(columns: slice = columns) -> Tensor:
+            return hessian[columns] @ (product(levels, scale) - weight).T
+
+        scale[:, group] += rescale(slope(), gram, own.T, scale[:, group], grid)
+        low, high = (bound[:, group] - own.T for bound in grid.bounds(zero))
+        own += descend(slope() / scale[:, group], gram, low, high).T
+    assert torch.equal(found[0], levels)
+    torch.testing.assert_close(found[1], scale)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -101,16 +131,15 @@ def test_polish_lowers_what_gptq_minimises(symmetric: bool) -> None:
     assert losses[2] <= losses[1] < 0.99 * losses[0]
 
 
-def test_a_round_of_polish_is_a_refit_and_a_descent_under_the_damped_gram() -> None:
+def test_a_round_of_polish_is_under_the_damped_gram() -> None:
     grid, weight, hessian, *_ = problem(True)
     plain, polished = (
         gptq(weight, hessian, grid, damp=0.5, act_order=True, polish=rounds) for rounds in (0, 1)
     )
-    damped = hessian + 0.5 * hessian.diagonal().mean() * torch.eye(24)
     levels, zero = plain.integers.double(), torch.zeros(6, 3)
-    scale = refit_scales(weight, damped, levels, plain.scale, grid)
+    damped = hessian + 0.5 * hessian.diagonal().mean() * torch.eye(24)
+    expected, scale = polish(weight, damped, levels, plain.scale, zero, grid)
     torch.testing.assert_close(polished.scale, scale)
-    expected = descend(weight, damped, levels, scale, zero, grid)
     assert torch.equal(polished.integers.double(), expected)
-    other = descend(weight, hessian, levels, scale, zero, grid)
+    other, _ = polish(weight, hessian, levels, plain.scale, zero, grid)
     assert not torch.equal(other, expected)  # the ridge matters here

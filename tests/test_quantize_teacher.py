@@ -101,7 +101,7 @@ def test_each_group_reads_beside_its_own_block_of_the_teacher(pair: tuple[Path, 
         for name in ("q_proj", "k_proj", "v_proj"):
             full = f"model.layers.{new}.self_attn.{name}"
             weight = original.get_submodule(full.replace(f".{new}.", f".{old}.")).weight.data
-            goal, _ = propagate_error(weight, cross, gram, alpha=1, damp=0.01)
+            goal, _ = propagate_error(weight, weight @ cross, gram, alpha=1, damp=0.01)
             recipe = Recipe.of(Decoder(cut), "gptq", PARAMS)
             expected = recipe.quantizer(goal, gram, recipe.grids[full])
             agreeing = (expected.integers == found[new].weights[full].integers).float().mean()

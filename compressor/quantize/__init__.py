@@ -12,6 +12,8 @@ from compressor.records import BitPlan, Bits
 Kind = Literal["qkv", "o", "gate_up", "down"]
 """What a linear does in its block: reads or ends the attention, reads or ends the feed-forward."""
 
+Forwards = Literal["auto", "float32", "bfloat16"]
+
 KINDS: tuple[Kind, ...] = get_args(Kind)
 Alpha = Annotated[float, Field(ge=0, le=1)]
 Ridge = Annotated[float, Field(ge=0)]
@@ -62,6 +64,12 @@ class PropagatingParams(GridParams):
         None, description="share of what the residual stream lost that o and down make up for"
     )
 
+    forwards: Forwards = Field(
+        "auto",
+        description="what activations are multiplied in; auto: bfloat16 up to 4 bits on a "
+        "processor with instructions for it",
+    )
+
     def catching_up(self) -> float:
         """Share of the stream's loss that o and down make up for; ours all, the published none."""
         ours = 1.0 if self.propagation == "tuned" else 0.0
@@ -101,7 +109,7 @@ class GptqParams(PropagatingParams):
     )
     act_order: bool = Field(True, description="columns with the largest inputs first")
     polish: int = Field(
-        1, ge=0, description="rounds of re-solved scales and coordinate descent after the sweep"
+        1, ge=0, description="rounds of coordinate descent on scales and integers after the sweep"
     )
 
 
@@ -119,7 +127,7 @@ METHODS = {
         "arXiv:2210.17323 section 3, arXiv:2504.09629 section 5",
         "2 forwards, 3 products of the inputs and 2 factorisations per group of linears",
         ("calibration",),
-        3,
+        4,
     ),
     "rtn": Method(
         "compressor.quantize.rtn:rtn",
@@ -128,7 +136,7 @@ METHODS = {
         "arXiv:2210.17323 section 4 (baseline)",
         "weights only",
         (),
-        2,
+        3,
     ),
     "qep_rtn": Method(
         "compressor.quantize.rtn:rtn",
@@ -137,6 +145,6 @@ METHODS = {
         "arXiv:2504.09629 section 5",
         "2 forwards, 3 products of the inputs and a factorisation per group of linears",
         ("calibration",),
-        2,
+        3,
     ),
 }

@@ -19,7 +19,8 @@ from compressor.blocks import weight_of
 from compressor.checkpoint import Checkpoint
 from compressor.decoder import Decoder, all_finite
 from compressor.errors import QuantizationError
-from compressor.quantize import METHODS, GridParams, Kind, PropagatingParams
+from compressor.moments import energy
+from compressor.quantize import METHODS, Forwards, GridParams, Kind, PropagatingParams
 from compressor.quantize.error_propagation import propagate_error
 from compressor.quantize.formats import Grids
 from compressor.quantize.grid import Grid, QuantizedWeight
@@ -27,6 +28,7 @@ from compressor.quantize.inputs import Group, input_groups, stream_writers
 from compressor.quantize.kinds import kind_of
 from compressor.quantize.lint import lint
 from compressor.quantize.plan import grids, widths_by_block
+from compressor.quantize.precision import exactly, products_in
 from compressor.quantize.teacher import Guide, Teacher, Twin
 from compressor.quantize.turns import Moments, quantize_in_turn
 from compressor.quantize.write import IntegerWriter
@@ -48,6 +50,7 @@ class Recipe:
     quantizer: Quantizer
     strengths: dict[Kind, tuple[float, float]] = field(default_factory=dict)
     catch_up: float = 0.0
+    forwards: Forwards = "float32"
 
     @classmethod
     def of(cls, decoder: Decoder, method: str, params: GridParams) -> Recipe:
@@ -57,8 +60,13 @@ class Recipe:
         quantizer = functools.partial(METHODS[method].load(), **own)
         plan = grids(decoder, params, params.scheme or BitPlan())
         if isinstance(params, PropagatingParams):
-            return cls(plan, quantizer, params.strengths(), params.catching_up())
+            return cls(plan, quantizer, params.strengths(), params.catching_up(), params.forwards)
         return cls(plan, quantizer)
+
+    @property
+    def widest(self) -> int:
+        """The most bits that any linear gets."""
+        return max(grid.bits for grid in self.grids.values())
 
     @property
     def propagates(self) -> bool:
@@ -170,7 +178,8 @@ def quantize_blocks(
     probe = decoder.embed(tokens[:1, :_PROBE])
     decoder.drop_shell()
     for step in walk(stream, "quantize"):
-        with truth.beside(step) if truth else nullcontext() as original:
+        forwards = products_in(recipe.forwards, decoder.device, recipe.widest)
+        with forwards, truth.beside(step) if truth else nullcontext() as original:
             result = _quantize_block(step, original, probe, recipe)
         yield result
 
@@ -185,15 +194,16 @@ def _quantize_block(
         alpha, ridge = recipe.strengths.get(kinds[group.leader], (0.0, 0.0))
         for grid in dict.fromkeys(recipe.grids[name] for name in group):
             same = Group({n: linear for n, linear in group.items() if recipe.grids[n] == grid})
-            _quantize_group(same, moments, recipe, result, alpha=alpha, ridge=ridge)
+            with exactly(decoder.device):
+                _quantize_group(same, moments, recipe, result, alpha=alpha, ridge=ridge)
 
     groups = input_groups(decoder, probe, step.index)
     leaders = [group.leader for group in groups]
     kinds = {name: kind_of(name, leaders, decoder.blocks, step.index) for name in leaders}
-    last = {n: group[n] for n, group in zip(leaders, groups, strict=True) if kinds[n] in _LAST}
+    last = {g.leader: g[g.leader] for g in groups if kinds[g.leader] in _LAST and len(g) == 1}
     catches = recipe.catch_up > 0 and original is not None
-    writers = stream_writers(decoder, probe, step.index, last) if catches else frozenset()
-    quantize_in_turn(step, original, groups, take, writers)
+    writers = stream_writers(decoder, probe, step.index, last) if catches else ()
+    quantize_in_turn(step, original, groups, take, dict.fromkeys(writers, recipe.catch_up))
     for _ in step.advance():
         pass
     if original:
@@ -214,16 +224,15 @@ def _quantize_group(
 ) -> None:
     """Quantize linears that share inputs as one tall matrix; the block gets the result."""
     weights = [weight_of(linear).data for linear in group.values()]
-    gram = cross = lag = None
-    if moments:
-        gram, cross, lag = moments.gram, moments.cross, moments.lag
-        lag = None if lag is None else recipe.catch_up * lag
+    gram, cross, lack = moments or (None, None, None)
     stacked, used = torch.cat(weights).float(), 0.0
     try:
-        if not all(all_finite(each) for each in (gram, cross, lag) if each is not None):
+        if not all(all_finite(each) for each in (gram, cross, lack) if each is not None):
             raise QuantizationError("its inputs hold NaN or infinity; calibrate in float32")
-        if alpha and cross is not None and gram is not None:
-            stacked, used = propagate_error(stacked, cross, gram, alpha=alpha, damp=ridge, lag=lag)
+        if alpha and cross is not None:
+            lack = stacked @ cross
+        if alpha and lack is not None and gram is not None:
+            stacked, used = propagate_error(stacked, lack, gram, alpha=alpha, damp=ridge)
         quantized = recipe.quantizer(stacked, gram, recipe.grids[group.leader])
     except QuantizationError as error:
         raise QuantizationError(f"{group.leader}: {error}") from error
@@ -240,7 +249,7 @@ def _quantize_group(
 def _relative_error(weight: Tensor, rounded: Tensor, gram: Tensor | None) -> float:
     """||(W - Q) X|| / ||W X|| through the gram, or ||W - Q|| / ||W|| without one."""
 
-    def energy(w: Tensor) -> Tensor:
-        return (w * (w if gram is None else w @ gram)).sum().clamp(min=0)
+    def size(w: Tensor) -> Tensor:
+        return (w.square().sum() if gram is None else energy(w, gram)).clamp(min=0)
 
-    return float((energy(weight - rounded) / energy(weight).clamp(min=1e-30)).sqrt())
+    return float((size(weight - rounded) / size(weight).clamp(min=1e-30)).sqrt())

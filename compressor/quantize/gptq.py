@@ -9,10 +9,10 @@ from torch import Tensor
 
 from compressor.errors import QuantizationError
 from compressor.quantize.grid import Grid, QuantizedWeight
-from compressor.quantize.polish import descend, refit_scales
-from compressor.quantize.ridge import ridged_cholesky
+from compressor.quantize.polish import polish as polished
+from compressor.quantize.ridge import inverse_lower, ridged_cholesky
 
-_BLOCK = 128
+_BLOCK = 64
 
 Nearest = Callable[[Tensor, int], Tensor]
 """Nearest grid values (O,) of a column, given all columns (I, O) as compensated so far."""
@@ -32,7 +32,7 @@ def gptq(
     calibration text more than it deserves). When H + damp mean(diag H) I is not positive
     definite the ridge grows tenfold up to 1 and the value used is recorded.
     Scales are searched with a column's weight 1 / [H^-1]_jj, what an error there costs after the
-    other columns made up for it. Then `polish` rounds of re-solved scales and coordinate descent.
+    other columns made up for it. Then `polish` rounds of coordinate descent on scales and levels.
     Raises `QuantizationError` for a gram that is not finite, is zero or cannot be factored.
     """
     weight, hessian = weight.to(gram.dtype), gram.clone()
@@ -52,6 +52,7 @@ def gptq(
     importance[order] = 1 / factor.square().sum(0)
     importance[dead] = 0
     scale, zero = grid.fit(weight, importance)
+    steps, low, high = (each.T.contiguous() for each in (scale, *grid.bounds(zero)))
     levels = weight.new_empty(weight.T.shape)
     home = order.tolist()
 
@@ -61,17 +62,18 @@ def gptq(
             chunk = slice(index, index + group)
             found = grid.fit(columns[chunk].T, importance[chunk])
             scale[:, g], zero[:, g] = found[0][:, 0], found[1][:, 0]
-        levels[column] = grid.levels(columns[index], scale[:, g], zero[:, g])
-        return levels[column] * scale[:, g]
+            steps[g] = scale[:, g]
+            low[g], high[g] = grid.bounds(zero[:, g])
+        level = torch.div(columns[index], steps[g], out=levels[column])
+        return level.round_().clamp_(low[g], high[g]) * steps[g]
 
     aligned = act_order or group % _BLOCK == 0  # a group must start on updated columns
     block = _BLOCK if aligned else max(group, _BLOCK // group * group)
     sweep(weight[:, order], factor, nearest, block)
-    levels = levels.T.contiguous()
+    levels = levels.T
     hessian.diagonal().add_(used * hessian.diagonal().mean())
     for _ in range(polish):
-        scale = refit_scales(weight, hessian, levels, scale, grid)
-        levels = descend(weight, hessian, levels, scale, zero, grid)
+        levels, scale = polished(weight, hessian, levels, scale, zero, grid)
     return grid.store(levels, scale, zero, used)
 
 
@@ -83,16 +85,16 @@ def sweep(weight: Tensor, factor: Tensor, nearest: Nearest, block: int = _BLOCK)
     At the end W - Q = E U, so sum e^2 = tr((W - Q) H (W - Q)^T).
     """
     columns = weight.T.clone(memory_format=torch.contiguous_format)
+    ratios = factor / factor.diagonal().unsqueeze(1)
     for start in range(0, len(columns), block):
         stop = min(start + block, len(columns))
         errors = torch.empty_like(columns[start:stop])
         for j in range(start, stop):
             rounded = nearest(columns, j)
-            error = torch.sub(columns[j], rounded).div_(factor[j, j])
+            error = torch.sub(columns[j], rounded, out=errors[j - start])
             columns[j] = rounded
-            columns[j + 1 : stop].addr_(factor[j, j + 1 : stop], error, alpha=-1)
-            errors[j - start] = error
-        columns[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+            columns[j + 1 : stop].addr_(ratios[j, j + 1 : stop], error, alpha=-1)
+        columns[stop:].addmm_(ratios[start:stop, stop:].T, errors, alpha=-1)
     return columns.T
 
 
@@ -103,5 +105,4 @@ def inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, float]:
     one factorisation, and the inverse itself is never formed.
     """
     lower, used = ridged_cholesky(hessian.flip(0, 1), damp)
-    identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
-    return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True), used
+    return inverse_lower(lower).flip(0, 1), used

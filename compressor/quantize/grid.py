@@ -12,7 +12,9 @@ from compressor.errors import QuantizationError
 from compressor.layouts import Codes
 
 _SHRINKS = [1 - step / 25 for step in range(18)]
-_CACHED = 2**18  # weights searched together: few enough to stay in a core's cache
+_CACHED = 2**18  # weights searched together, so that wide layers go in parts
+
+Bound = Tensor | int
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,11 @@ class Grid:
 
     def levels(self, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """Nearest levels q - z as floats: clamp(round(w / s)); half to even; shapes broadcast."""
-        return (weight / scale).round_().clamp_(self.low - zero, self.high - zero)
+        return (weight / scale).round_().clamp_(*self.bounds(zero))
+
+    def bounds(self, zero: Tensor) -> tuple[Tensor, Tensor]:
+        """Lowest and highest level q - z."""
+        return self.low - zero, self.high - zero
 
     def store(
         self, levels: Tensor, scale: Tensor, zero: Tensor, damp: float = 0.0
@@ -95,40 +101,43 @@ class Grid:
 
     def _best(self, groups: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
         """The best candidate for each group of (O, groups, span)."""
-        best, *others = self._candidates(groups) if self.search else [self._place(groups, 1.0)]
-        least = self._error(groups, shares, *best) if others else best[0]
-        scale, zero = best
-        for candidate in others:
-            error = self._error(groups, shares, *candidate)
-            better = error < least
-            least = torch.where(better, error, least)
-            scale = torch.where(better, candidate[0], scale)
-            zero = torch.where(better, candidate[1], zero)
+        lo, hi = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+        scale, zero = self._place(lo, hi)
+        if not self.search:
+            return scale, zero
+        least, roots = torch.full_like(scale, torch.inf), shares.sqrt()
+        for shrink in _SHRINKS:
+            placed = self._place(lo * shrink, hi * shrink)
+            exact = groups / placed[0].unsqueeze(-1)
+            rounded = exact.round()
+            for turned, moved, low, high in self._candidates(*placed):
+                off = rounded.clamp(low, high).sub_(exact).mul_(roots)  # type: ignore[arg-type]
+                error = torch.linalg.vector_norm(off, dim=-1).mul_(turned.abs())
+                better = error < least
+                least = torch.where(better, error, least)
+                scale = torch.where(better, turned, scale)
+                zero = torch.where(better, moved, zero)
         return scale, zero
 
-    def _candidates(self, groups: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        for shrink in _SHRINKS:
-            scale, zero = self._place(groups, shrink)
-            yield scale, zero
-            if self.symmetric:
-                yield -scale, zero
-            else:
-                yield scale, (zero + 1).clamp(max=self.high)
-                yield scale, (zero - 1).clamp(min=self.low)
+    def _candidates(
+        self, scale: Tensor, zero: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor, Bound, Bound]]:
+        """Scales and zero points that share w / |s|, with the least and most it may round to."""
+        if self.symmetric:
+            yield scale, zero, self.low, self.high
+            yield -scale, zero, -self.high, -self.low
+            return
+        for moved in (zero, (zero + 1).clamp(max=self.high), (zero - 1).clamp(min=self.low)):
+            low, high = self.bounds(moved.unsqueeze(-1))
+            yield scale, moved, low, high
 
-    def _place(self, groups: Tensor, shrink: float) -> tuple[Tensor, Tensor]:
-        """The grid that covers `shrink` of each group's range."""
-        lo, hi = groups.amin(-1).clamp(max=0) * shrink, groups.amax(-1).clamp(min=0) * shrink
+    def _place(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+        """The grid that covers lo .. hi."""
         if self.symmetric:
             scale = self.storable(torch.maximum(-lo, hi) * 2 / (2**self.bits - 1))
             return scale, torch.zeros_like(scale)
         scale = self.storable((hi - lo) / (2**self.bits - 1))
         return scale, (self.low - (lo / scale).round()).clamp(self.low, self.high)
-
-    def _error(self, groups: Tensor, shares: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        step, zero = scale.unsqueeze(-1), zero.unsqueeze(-1)
-        off = self.levels(groups, step, zero).mul_(step).sub_(groups)
-        return off.square_().mul_(shares).sum(-1)
 
     def storable(self, scale: Tensor) -> Tensor:
         """Scales as they will be read back, never zero; 1 where a group is all zero."""

@@ -7,68 +7,64 @@ from torch import Tensor
 
 from compressor.quantize.grid import Grid
 
-_PRODUCTS = 2**21  # numbers of the largest intermediate, so that wide layers go in parts
-_BLOCK = 128
-_HOLD = 1e-4
+_BLOCK = 16
 
 
-def refit_scales(
-    weight: Tensor, hessian: Tensor, levels: Tensor, scale: Tensor, grid: Grid
-) -> Tensor:
-    """Scales (O, G) that minimise tr((W - Q) H (W - Q)^T) for given levels v = q - z.
-
-    Q is linear in a row's scales, so each row solves A s = b with A_gk = v_g H_gk v_k^T and
-    b_g = v_g H_g: w^T, all groups together; a slight pull towards the old scale covers groups
-    whose levels are all zero. Rounded to what is stored; a row keeps its old scales where the
-    new ones are not better, or would turn a grid around.
-    weight, levels (O, I); hessian (I, I).
-    """
-    count = scale.shape[1]
-    rows = max(1, _PRODUCTS // (count * len(hessian)))
-    parts = zip(weight.split(rows), levels.split(rows), scale.split(rows), strict=True)
-    return torch.cat([_refit(*part, hessian, grid) for part in parts])
-
-
-def _refit(weight: Tensor, levels: Tensor, scale: Tensor, hessian: Tensor, grid: Grid) -> Tensor:
-    count = scale.shape[1]
-    groups = levels.unflatten(1, (count, -1)).transpose(0, 1)
-    pulled = torch.bmm(groups, hessian.unflatten(0, (count, -1))).transpose(0, 1)  # (O, G, I)
-    normal = (pulled.unflatten(2, (count, -1)) * levels.unflatten(1, (1, count, -1))).sum(-1)
-    right = torch.bmm(pulled, weight.unsqueeze(-1)).squeeze(-1)
-    hold = _HOLD * normal.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True).clamp(min=1e-30)
-    held = normal + hold.unsqueeze(-1) * torch.eye(count, dtype=scale.dtype, device=scale.device)
-    solved = grid.storable(torch.linalg.solve(held, right + hold * scale))
-
-    def loss(s: Tensor) -> Tensor:
-        return ((normal @ s.unsqueeze(-1)).squeeze(-1) * s - 2 * right * s).sum(-1)
-
-    better = (loss(solved) < loss(scale)) & (solved * scale > 0).all(-1)
-    return torch.where(better.unsqueeze(-1), solved, scale)
-
-
-def descend(
+def polish(
     weight: Tensor, hessian: Tensor, levels: Tensor, scale: Tensor, zero: Tensor, grid: Grid
-) -> Tensor:
-    """Levels (O, I) after one sweep of coordinate descent on tr((W - Q) H (W - Q)^T).
+) -> tuple[Tensor, Tensor]:
+    """One round of descent on tr((W - Q) H (W - Q)^T), which never rises.
 
-    Column by column, each integer moves to the best place given all others: the grid value
-    nearest to q_j - [(Q - W) H]_j / H_jj. The objective never rises.
-    weight, levels (O, I); hessian (I, I); scale, zero (O, G).
+    Group by group, all others being fixed: each row's scale moves to the best place for its
+    levels v = q - z, then each level in turn to the best for that scale. The slope (Q - W) H is
+    formed once per group and follows every move, so that a round costs one product with H.
+    weight, levels (O, I); hessian (I, I); scale, zero (O, G). Returns levels and scales.
     """
-    span = grid.span(weight.shape[1])
-    steps, zeros = (each.T.contiguous() for each in (scale, zero))
-    columns = levels.T.clone(memory_format=torch.contiguous_format)
-    off = columns * steps.repeat_interleave(span, dim=0) - weight.T
-    diagonal = hessian.diagonal().tolist()
-    for start in range(0, len(columns), _BLOCK):
-        block = slice(start, start + _BLOCK)
-        slope = hessian[block] @ off
-        for j in range(start, min(start + _BLOCK, len(columns))):
-            step, old = steps[j // span], columns[j]
-            best = torch.addcmul(slope[j - start] / -diagonal[j], old, step)
-            new = grid.levels(best, step, zeros[j // span])
-            change = (new - old).mul_(step)
-            columns[j] = new
-            off[j] += change
-            slope.addr_(hessian[block, j], change)
-    return columns.T
+    count = scale.shape[1]
+    steps, low, high = (each.T.contiguous() for each in (scale, *grid.bounds(zero)))
+    columns = levels.T.clone(memory_format=torch.contiguous_format).unflatten(0, (count, -1))
+    off = (columns * steps.unsqueeze(1)).flatten(0, 1).sub_(weight.T)
+    span = columns.shape[1]
+    for g, own in enumerate(columns):
+        rows = slice(g * span, (g + 1) * span)
+        gram, slope = hessian[rows, rows], hessian[rows] @ off
+        change = rescale(slope, gram, own, steps[g], grid)
+        steps[g] += change
+        slope.addmm_(gram, own * change)
+        moved = descend(slope.div_(steps[g]), gram, low[g] - own, high[g] - own)
+        own += moved
+        off[rows] = torch.addcmul(-weight.T[rows], own, steps[g])
+    return columns.flatten(0, 1).T, steps.T
+
+
+def rescale(slope: Tensor, gram: Tensor, levels: Tensor, step: Tensor, grid: Grid) -> Tensor:
+    """What to add to the steps (O,) of one group: -v^T p / v^T H v, rounded to what is stored.
+
+    Zero where that would not lower the loss or would turn the grid around.
+    slope p, levels v (S, O); gram H (S, S), that of the group's own inputs.
+    """
+    curve = ((gram @ levels) * levels).sum(0)
+    pull = (slope * levels).sum(0)
+    new = grid.storable(step - pull / curve.clamp(min=1e-30))
+    change = new - step
+    better = (change * (2 * pull + change * curve) < 0) & (new * step > 0)
+    return torch.where(better, change, 0.0)
+
+
+def descend(slope: Tensor, gram: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Whole steps (S, O) that each level of a group goes, one column after the other.
+
+    Column j goes to -p_j / H_jj, rounded and kept within low .. high, and takes the slopes of
+    the columns to come along: p_k += H_jk times its move.
+    slope p, in steps, low and high (S, O); gram H (S, S).
+    """
+    diagonal = gram.diagonal().unsqueeze(1)
+    best, ratios = slope / -diagonal, gram / diagonal
+    moved = torch.empty_like(best)
+    for start in range(0, len(best), _BLOCK):
+        stop = min(start + _BLOCK, len(best))
+        for j in range(start, stop):
+            move = torch.round(best[j], out=moved[j]).clamp_(low[j], high[j])
+            best[j + 1 : stop].addr_(ratios[j + 1 : stop, j], move, alpha=-1)
+        best[stop:].addmm_(ratios[stop:, start:stop], moved[start:stop], alpha=-1)
+    return moved

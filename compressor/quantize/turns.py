@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
+from compressor.blocks import weight_of
 from compressor.inputs import Seen, inputs_of, outputs_of
 from compressor.moments import Cross, Gram
 from compressor.quantize.inputs import Group
@@ -29,34 +31,43 @@ class Moments(NamedTuple):
 
     Attributes:
         gram: H, mean of x x^T in the compressed model, (I, I).
-        cross: C, mean of (x_original - x) x^T, (I, I), or None where there is one model only.
-        lag: R, mean of (h_original - h) x^T, (D, I), for h the residual stream that the output
-            is added to, or None where there is none.
+        cross: C, mean of (x_original - x) x^T, (I, I), or None where there is one model only or
+            the next is known.
+        lack: L, mean of (W (x_original - x) + share (h_original - h)) x^T, (O, I), for h the
+            residual stream that the output is added to, or None where it is added to none.
     """
 
     gram: Tensor
-    cross: Tensor | None
-    lag: Tensor | None
+    cross: Tensor | None = None
+    lack: Tensor | None = None
 
 
-def moments_of(pairs: Iterable[tuple[Reading, Reading | None]]) -> Moments:
-    """The moments of batches as the compressed model reads them and, of two, the original."""
-    gram: Gram | None = None
+def moments_of(
+    pairs: Iterable[tuple[Reading, Reading | None]], weight: Tensor, share: float
+) -> Moments:
+    """The moments of batches as the compressed model reads them and, of two, the original.
+
+    weight (O, I) is W, `share` how much of what the stream lost is to be made up for.
+    Differences are formed in float32 before they are multiplied: streams that are equal give
+    exact zeros.
+    """
+    (outputs, inputs), device = weight.shape, weight.device
+    gram = Gram(inputs, device)
     cross: Cross | None = None
-    lag: Cross | None = None
+    lack: Cross | None = None
     for (x, h), original in pairs:
-        width, device = x.shape[-1], x.device
-        gram = gram or Gram(width, device)
         gram.add(x)
         if original is None:
             continue
-        cross = cross or Cross(width, device)
-        cross.add(original.x, x)
-        if h is not None and original.stream is not None:
-            lag = lag or Cross(width, device, rows=h.shape[-1])
-            lag.add(original.stream, h, x)
-    assert gram
-    return Moments(gram.mean, cross.mean if cross else None, lag.mean if lag else None)
+        off = original.x.float() - x.float()
+        if h is None or original.stream is None:
+            cross = cross or Cross(inputs, inputs, device)
+            cross.add(off, x)
+            continue
+        lack = lack or Cross(outputs, inputs, device)
+        short = linear(off, weight.float()).float()
+        lack.add(short.add_((original.stream - h).view_as(short), alpha=share), x)
+    return Moments(gram.mean, cross.mean if cross else None, lack.mean if lack else None)
 
 
 def quantize_in_turn(
@@ -64,7 +75,7 @@ def quantize_in_turn(
     original: Step | None,
     groups: list[Group],
     quantize: Callable[[Group, Moments], None],
-    writers: Collection[str] = (),
+    writers: Mapping[str, float] | None = None,
 ) -> None:
     """Quantize each group of a block the moment its inputs arrive (true sequential order).
 
@@ -73,13 +84,15 @@ def quantize_in_turn(
     forward goes on through them. The other batches run again from the start to every group,
     which is why the stream is best cut into one batch where memory allows: then nothing runs
     twice. `original` is the same block of the original model with the other stream; `writers`
-    are the linears whose outputs are added to the stream (`stream_writers`).
+    are the linears whose outputs are added to the stream (`stream_writers`), each with the
+    share of what the stream lost that it is to make up for.
     Both streams are past their first batch afterwards.
     """
     by_leader = {group.leader: group for group in groups}
     prefix = f"{step.stream.decoder.blocks.prefix}.{step.index}."
-    here = _Side(step, prefix, writers)
-    there = _Side(original, prefix, writers) if original else None
+    shares = writers or {}
+    here = _Side(step, prefix, shares)
+    there = _Side(original, prefix, shares) if original else None
     first, *others = step.stream.batches
     taught: dict[str, Reading] = {}
 
@@ -100,7 +113,9 @@ def quantize_in_turn(
         group = by_leader.pop(name, None)
         if group is None:  # a run of another batch to a later group, or a linear that runs twice
             return
-        quantize(group, moments_of(pairs(name, reading)))
+        weight = weight_of(group[name])
+        moments = moments_of(pairs(name, reading), weight, shares.get(name, 0.0))
+        quantize(group, moments)
 
     with here.readings(list(by_leader), first, arrive):
         next(step.advance())
