@@ -62,6 +62,11 @@ class PropagatingParams(GridParams):
         None, description="share of what the residual stream lost that o and down make up for"
     )
 
+    scaling: Literal["none", "awq"] = Field(
+        "none",
+        description="scales of inputs, folded into what makes them, by the mean of their size",
+    )
+
     def catching_up(self) -> float:
         """Share of the stream's loss that o and down make up for; ours all, the published none."""
         ours = 1.0 if self.propagation == "tuned" else 0.0
@@ -77,6 +82,11 @@ class PropagatingParams(GridParams):
     def _teachable(self) -> Self:
         if self.needs and not any(alpha for alpha, _ in self.strengths().values()):
             raise ValueError(f"teacher: {self.teacher} is of no use when every alpha is 0")
+        if self.needs and self.scaling != "none":
+            raise ValueError(
+                f"scaling: {self.scaling} changes what linears read, which teacher: {self.teacher} "
+                "still reads unscaled; set one of them to its default"
+            )
         return self
 
     @property
