@@ -69,11 +69,10 @@ class PropagatingParams(GridParams):
         description="what activations are multiplied in; auto: bfloat16 up to 4 bits on a "
         "processor with instructions for it",
     )
-
-    def catching_up(self) -> float:
-        """Share of the stream's loss that o and down make up for; ours all, the published none."""
-        ours = 1.0 if self.propagation == "tuned" else 0.0
-        return ours if self.catch_up is None else self.catch_up
+    scaling: Literal["none", "awq"] = Field(
+        "none",
+        description="scales of inputs, folded into what makes them, by the mean of their size",
+    )
 
     teacher: Literal["checkpoint", "parent", "original"] = Field(
         "checkpoint",
@@ -81,10 +80,20 @@ class PropagatingParams(GridParams):
         "before the last prune or before all of them",
     )
 
+    def catching_up(self) -> float:
+        """Share of the stream's loss that o and down make up for; ours all, the published none."""
+        ours = 1.0 if self.propagation == "tuned" else 0.0
+        return ours if self.catch_up is None else self.catch_up
+
     @model_validator(mode="after")
     def _teachable(self) -> Self:
         if self.needs and not any(alpha for alpha, _ in self.strengths().values()):
             raise ValueError(f"teacher: {self.teacher} is of no use when every alpha is 0")
+        if self.needs and self.scaling != "none":
+            raise ValueError(
+                f"scaling: {self.scaling} changes what linears read, which teacher: {self.teacher} "
+                "still reads unscaled; set one of them to its default"
+            )
         return self
 
     @property

@@ -29,6 +29,7 @@ from compressor.quantize.kinds import kind_of
 from compressor.quantize.lint import lint
 from compressor.quantize.plan import grids, widths_by_block
 from compressor.quantize.precision import exactly, products_in
+from compressor.quantize.scaling import Scaled, scale_block
 from compressor.quantize.teacher import Guide, Teacher, Twin
 from compressor.quantize.turns import Moments, quantize_in_turn
 from compressor.quantize.write import IntegerWriter
@@ -44,13 +45,14 @@ _INPUT_BYTES = 2**28  # of the widest linear's inputs that go through a block at
 
 @dataclass(frozen=True)
 class Recipe:
-    """How linears are quantized: each on which grid, by what, corrected how much."""
+    """How linears are quantized: each on which grid, by what, corrected how much, scaled or not."""
 
     grids: Grids
     quantizer: Quantizer
     strengths: dict[Kind, tuple[float, float]] = field(default_factory=dict)
     catch_up: float = 0.0
     forwards: Forwards = "float32"
+    scales: bool = False
 
     @classmethod
     def of(cls, decoder: Decoder, method: str, params: GridParams) -> Recipe:
@@ -60,7 +62,9 @@ class Recipe:
         quantizer = functools.partial(METHODS[method].load(), **own)
         plan = grids(decoder, params, params.scheme or BitPlan())
         if isinstance(params, PropagatingParams):
-            return cls(plan, quantizer, params.strengths(), params.catching_up(), params.forwards)
+            scales = params.scaling == "awq"
+            strengths, catch_up = params.strengths(), params.catching_up()
+            return cls(plan, quantizer, strengths, catch_up, params.forwards, scales)
         return cls(plan, quantizer)
 
     @property
@@ -81,14 +85,17 @@ class BlockResult:
     Attributes:
         weights: the integers of each linear by full name.
         report: per linear, `relative_error` ||(W - Q) X|| / ||W X|| (of its weights without
-            text; W as corrected), `damp` of the quantizer and `ridge` of the correction.
+            text; W as corrected), `damp` of the quantizer, `ridge` of the correction and, where
+            its inputs were scaled, `beta`.
         drift: ||h - h'|| / ||h|| of the residual stream after the block, original or teacher
             against compressed; None where the original's stream is not kept.
+        dense: other tensors of the block that scaling changed, by full name.
     """
 
     weights: dict[str, QuantizedWeight] = field(default_factory=dict)
     report: dict[str, dict[str, float]] = field(default_factory=dict)
     drift: float | None = None
+    dense: dict[str, Tensor] = field(default_factory=dict)
 
 
 def quantize(
@@ -125,7 +132,7 @@ def quantize(
     drifts: list[float] = []
     with IntegerWriter(decoder, out, recipe.grids, params.format) as writer:
         for result in quantize_blocks(decoder, tokens, recipe, batch_size, teacher):
-            writer.block(result.weights)
+            writer.block(result.weights, result.dense)
             report |= result.report
             drifts += [] if result.drift is None else [result.drift]
         bits = writer.finish()
@@ -136,6 +143,7 @@ def quantize(
     asked = dict(params).get("damp", math.inf)
     widths = {name: grid.bits for name, grid in recipe.grids.items()}
     mixed = len(set(widths.values())) > 1
+    left = [name for name, row in report.items() if recipe.scales and "beta" not in row]
     return {
         "bits": "mixed" if mixed else next(iter(widths.values())),
         "bits_per_weight": bits,
@@ -143,6 +151,7 @@ def quantize(
         "drift": drifts[-1] if drifts else None,
         "raised_damp": [name for name, row in report.items() if row["damp"] > asked],
         **({"widths": widths_by_block(widths, decoder.blocks)} if mixed else {}),
+        **({"unscaled": left} if left else {}),
         "readers": {verdict.reader: f"{verdict.speed}: {verdict.why}" for verdict in readers},
     }
 
@@ -178,9 +187,13 @@ def quantize_blocks(
     probe = decoder.embed(tokens[:1, :_PROBE])
     decoder.drop_shell()
     for step in walk(stream, "quantize"):
+        scaled = scale_block(step, probe, recipe.grids) if recipe.scales else Scaled({}, {})
         forwards = products_in(recipe.forwards, decoder.device, recipe.widest)
         with forwards, truth.beside(step) if truth else nullcontext() as original:
             result = _quantize_block(step, original, probe, recipe)
+        result.dense = scaled.dense
+        for name, beta in scaled.betas.items():
+            result.report[name]["beta"] = beta
         yield result
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Self
 
-from torch import nn
+from torch import Tensor, nn
 
 from compressor.checkpoint import CheckpointWriter
 from compressor.decoder import Decoder
@@ -31,8 +31,12 @@ class IntegerWriter:
     def __exit__(self, *_: object) -> None:
         self._writer.__exit__()
 
-    def block(self, results: dict[str, QuantizedWeight]) -> None:
-        """Write the linears of one block in integers."""
+    def block(self, results: dict[str, QuantizedWeight], dense: dict[str, Tensor]) -> None:
+        """Write the linears of one block in integers, and other tensors of it that changed."""
+        for name, tensor in dense.items():
+            stored = self._decoder.reader.locate(name) or name
+            self._writer.add(stored, tensor)
+            self._done.add(stored)
         for name, result in results.items():
             stored = self._decoder.reader.locate(f"{name}.weight") or f"{name}.weight"
             layout, scale = self._layout(self._grids[name]), result.scale
