@@ -66,7 +66,7 @@ def genai_tokens(folder: Path, prompt: list[int], count: int) -> list[int]:
 
 def torch_tokens(folder: Path, prompt: list[int], count: int) -> list[int]:
     """Greedy tokens of the checkpoint in torch, whatever its integers."""
-    answers = ask(reference(folder), [torch.tensor(prompt)], torch.zeros(0, 2).long(), count)
+    answers = ask(reference(folder), torch.tensor([prompt]), torch.zeros(0, 2).long(), count)
     return answers.greedy[0].tolist()
 
 

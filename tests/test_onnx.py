@@ -211,7 +211,7 @@ def test_float16_graph(tmp_path: Path) -> None:
     save_tiny(tmp_path / "model", "llama", hidden_size=64)
     params = ExportParams(formats=("onnx",), onnx_dtype="float16")
     metrics = onnx_export.export(tmp_path / "model", tmp_path, params)
-    assert 1e-6 < metrics["onnx"]["parity"]["accuracy_level_0"]["prefill"] < 0.05
+    assert 1e-6 < metrics["onnx"]["parity"]["accuracy_level_0"]["prefill"] < 0.1
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])

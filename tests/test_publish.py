@@ -455,3 +455,6 @@ def test_runtimes_are_offered_by_what_reads_the_integers(
     items = [Item(name, tmp_path / name, 0, "") for name in found]
     offered = snippets(Bundle(tmp_path, manifest, items, {}), "org/name", "main")
     assert set(offered) - {"onnxruntime", "onnxruntime-genai"} == expected
+    manifest.params["folders"]["onnx_dtype"] = "bfloat16"  # which numpy lacks
+    fewer = snippets(Bundle(tmp_path, manifest, items, {}), "org/name", "main")
+    assert set(offered) - set(fewer) == {"onnxruntime"}

@@ -15,8 +15,8 @@ class ExportParams(Params):
     formats: tuple[Literal["safetensors", "onnx"], ...] = Field(
         ("safetensors", "onnx"), description="folders to write"
     )
-    onnx_dtype: Literal["float32", "float16"] = Field(
-        "float32", description="weights and activations of the ONNX graph"
+    onnx_dtype: Literal["float32", "float16", "bfloat16"] = Field(
+        "float32", description="weights and activations of the ONNX graph; bfloat16 needs CUDA"
     )
     graph: Literal["auto", "emitted", "traced"] = Field(
         "auto", description="emit nodes from the weights, trace torch, or what the family allows"

@@ -18,10 +18,9 @@ from compressor import progress
 from compressor.blocks import Blocks
 from compressor.decoder import skeleton
 from compressor.dense import DenseReader
-from compressor.errors import NotEmitted
 from compressor.export.graph import MICROSOFT, Graph
 from compressor.export.linears import Linears
-from compressor.export.traits import ACTIVATIONS, activation_of, traits_of
+from compressor.export.traits import ACTIVATIONS, activation_of, head_dim, traits_of
 
 
 @dataclass(frozen=True)
@@ -73,12 +72,7 @@ class _Decoder:
         self.w, self.traits = linears.reader, traits_of(config)
         self.heads = config.num_attention_heads
         self.kv_heads = config.num_key_value_heads or self.heads
-        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
-        if self.head_dim % 16:
-            raise NotEmitted(
-                f"{config.model_type}: heads of {self.head_dim} channels; "
-                "GroupQueryAttention takes multiples of 16"
-            )
+        self.head_dim = head_dim(config)
         self.tables: dict[str, tuple[ir.Value, ir.Value]] = {}
         self.scaling: dict[int, float] = {}
         self.presents: list[tuple[ir.Value, str]] = []
@@ -119,6 +113,9 @@ class _Decoder:
             self.block(index, last, total)
         x = self.read("model.norm")
         logits = self._capped(self.linears.head(x))
+        if g.dtype == torch.bfloat16:  # eight bits are too few to choose a token by
+            logits = g.op("Cast", logits, to=ir.DataType.FLOAT)
+            logits.dtype = ir.DataType.FLOAT
         g.output(logits, "logits", ["batch", "sequence", self.config.vocab_size])
         for value, name in self.presents:
             g.output(value, name, ["batch", self.kv_heads, "total", self.head_dim])

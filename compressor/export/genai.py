@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from compressor.checkpoint import read_json, write_json
+from compressor.export.traits import head_dim
 from compressor.runtimes.session import MODEL
 
 GENAI = "genai_config.json"
@@ -19,17 +20,19 @@ _SEARCH = {
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def write_config(folder: Path, config: Any, caches: int, *, in_place: bool) -> None:
+def write_config(
+    folder: Path, config: Any, caches: int, *, in_place: bool, cuda: bool = False
+) -> None:
     """Write `genai_config.json` for a graph with `caches` pairs of key and value inputs.
 
     `num_hidden_layers` is what the runtime counts caches by, so it is `caches` and not the
     number of blocks. Token ids and sampling come from `generation_config.json`, then from
     the checkpoint's `config`; without a pad token padding is the first eos. `in_place`: the
-    graph can write what is new into the buffer of the past.
+    graph can write what is new into the buffer of the past; `cuda`: it runs there alone.
     """
+    providers: list[dict[str, Any]] = [{"cuda": {}}] if cuda else []
     path = folder / "generation_config.json"
     generation = read_json(path) if path.exists() else {}
-    heads, hidden = config.num_attention_heads, config.hidden_size
     ids = {name: generation.get(name, getattr(config, name, None)) for name in _IDS}
     if ids["pad_token_id"] is None:
         eos = ids["eos_token_id"]
@@ -37,12 +40,13 @@ def write_config(folder: Path, config: Any, caches: int, *, in_place: bool) -> N
     length = config.max_position_embeddings
     decoder = {
         "filename": MODEL,
-        "head_size": getattr(config, "head_dim", None) or hidden // heads,
-        "hidden_size": hidden,
-        "num_attention_heads": heads,
-        "num_key_value_heads": getattr(config, "num_key_value_heads", None) or heads,
+        "head_size": head_dim(config),
+        "hidden_size": config.hidden_size,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": getattr(config, "num_key_value_heads", None)
+        or config.num_attention_heads,
         "num_hidden_layers": caches,
-        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+        "session_options": {"log_id": "onnxruntime-genai", "provider_options": providers},
         "inputs": {
             "input_ids": "input_ids",
             "attention_mask": "attention_mask",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ _ALIGNMENT = 4096
 _DTYPES = {
     torch.float32: ir.DataType.FLOAT,
     torch.float16: ir.DataType.FLOAT16,
+    torch.bfloat16: ir.DataType.BFLOAT16,
     torch.int64: ir.DataType.INT64,
     torch.uint8: ir.DataType.UINT8,
 }
@@ -53,8 +53,9 @@ class Graph:
         return value
 
     def output(self, value: ir.Value, name: str, shape: list[int | str]) -> None:
-        """Declare an output."""
-        self.name(value, name).shape = ir.Shape(shape)
+        """Declare an output; a value without a dtype has the graph's."""
+        value.name, value.dtype = name, value.dtype or _DTYPES[self.dtype]
+        value.shape = ir.Shape(shape)
         self._outputs.append(value)
 
     def known(self, name: str) -> ir.Value | None:
@@ -67,13 +68,12 @@ class Graph:
             return self._weights[name]
         if tensor.is_floating_point():
             tensor = tensor.to(self.dtype)
-        array = tensor.detach().contiguous().cpu().numpy()
         self._data.write(b"\0" * (-self._data.tell() % _ALIGNMENT))
         offset = self._data.tell()
-        array.tofile(self._data)
-        shape, kind = ir.Shape(array.shape), _DTYPES[tensor.dtype]
+        tensor.detach().cpu().flatten().view(torch.uint8).numpy().tofile(self._data)
+        shape, kind = ir.Shape(tensor.shape), _DTYPES[tensor.dtype]
         external = ir.ExternalTensor(
-            DATA, offset, array.nbytes, kind, shape=shape, name=name, base_dir=self.folder
+            DATA, offset, tensor.nbytes, kind, shape=shape, name=name, base_dir=self.folder
         )
         self._weights[name] = ir.val(name, kind, shape, const_value=external)
         return self._weights[name]
@@ -81,11 +81,9 @@ class Graph:
     def constant(self, name: str, value: list[int] | float) -> ir.Value:
         """A small constant in the graph itself: an int64 list, or a number in the graph's dtype."""
         if name not in self._weights:
-            array = np.array(value, dtype=np.int64 if isinstance(value, list) else np.float32)
-            tensor = torch.from_numpy(array)
-            tensor = tensor if isinstance(value, list) else tensor.to(self.dtype)
-            held = ir.tensor(tensor.numpy(), name=name)
-            self._weights[name] = ir.val(name, held.dtype, list(array.shape), const_value=held)
+            kind = _DTYPES[torch.int64 if isinstance(value, list) else self.dtype]
+            held = ir.tensor(value, kind, name=name)
+            self._weights[name] = ir.val(name, const_value=held)
         return self._weights[name]
 
     def op(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from compressor.blocks import Blocks
 from compressor.inputs import outputs_of
-from compressor.runtimes.session import MODEL, Session
+from compressor.runtimes.session import MODEL, Session, floats
 
 _PROBE = ".probe.onnx"
 
@@ -58,7 +58,7 @@ def first_difference(model: Any, folder: Path, ids: Tensor, tolerance: float) ->
     with probed(folder, tuple(watched)) as session:
         inside = session.values(ids.numpy())
     for name in (name for name in (*watched, "logits") if name in inside):
-        own, other = seen[name], inside[name].astype(np.float32)
+        own, other = seen[name], floats(inside[name])
         worst = np.abs(other - own).max() / max(np.abs(own).max(), 1e-30)
         if not worst <= tolerance:
             place = "the final norm or the head" if name == "logits" else name

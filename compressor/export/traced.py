@@ -34,8 +34,8 @@ def trace(model: Any, folder: Path, out: Path, dtype: torch.dtype, accuracy_leve
     Inputs and outputs are those of `decoder_graph.build`, but every call appends its tokens to
     the cache, padding included, and attention_mask (B, P + S) says which entries are real.
     Products with packed matrices of the checkpoint in `folder` become MatMulNBits over its
-    own integers. `model` holds the whole weights, and so does the trace: memory is about
-    three times the weights.
+    own integers. `model`, which is cast in place, holds the whole weights, and so does the trace:
+    memory is about three times the weights.
     Raises `ExportError` when torch cannot trace the model, or its products are not found.
     """
     try:
@@ -68,7 +68,8 @@ class _WithCache(nn.Module):
         given = {"position_ids": positions} if self._positions else {}
         out = self.model(ids, attention_mask=mask, past_key_values=cache, use_cache=True, **given)
         layers = out.past_key_values.layers
-        return out.logits, *(t for layer in layers for t in (layer.keys, layer.values))
+        logits = out.logits.float() if out.logits.dtype == torch.bfloat16 else out.logits
+        return logits, *(t for layer in layers for t in (layer.keys, layer.values))
 
 
 def _traced(model: Any) -> ir.Model:
@@ -153,7 +154,7 @@ def _replace(
     for kind, tensor in tensors.items():
         if tensor is not None:
             name = f"{path}.weight_{kind}"
-            held = ir.tensor(tensor.contiguous().numpy(), name=name)
+            held = ir.tensor(tensor.contiguous(), name=name)
             value = ir.val(name, held.dtype, list(tensor.shape), const_value=held)
             graph.initializers[name] = value
             inputs.append(value)

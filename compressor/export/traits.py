@@ -57,7 +57,8 @@ _STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 def traits_of(config: Any) -> Traits:
     """The traits of a config's family.
 
-    Raises `NotEmitted` for families, activations and rotary scalings that are not emitted.
+    Raises `NotEmitted` for families, activations, widths of heads and rotary scalings that are
+    not emitted.
     """
     family = family_of(config)
     if family not in TRAITS:
@@ -66,6 +67,11 @@ def traits_of(config: Any) -> Traits:
     if activation not in ACTIVATIONS:
         raise NotEmitted(
             f"{family}: activation {activation!r} is not emitted; only {', '.join(ACTIVATIONS)}"
+        )
+    if head_dim(config) % 16:
+        raise NotEmitted(
+            f"{family}: heads of {head_dim(config)} channels; "
+            "GroupQueryAttention takes multiples of 16"
         )
     rope = getattr(config, "rope_parameters", None) or {}
     for kind in {table.get("rope_type", "default") for table in _tables(rope)}:
@@ -82,6 +88,12 @@ def traits_of(config: Any) -> Traits:
 def activation_of(config: Any) -> str:
     """The gate's activation, as the config names it."""
     return str(getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", "silu"))
+
+
+def head_dim(config: Any) -> int:
+    """Channels per head."""
+    own: int | None = getattr(config, "head_dim", None)
+    return own or int(config.hidden_size // config.num_attention_heads)
 
 
 def _tables(rope: dict[str, Any]) -> list[dict[str, Any]]:

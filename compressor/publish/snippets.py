@@ -18,7 +18,8 @@ def snippets(bundle: Bundle, name: str, revision: str) -> dict[str, tuple[str, s
     if loads(bundle, "transformers"):
         found["transformers"] = ("python", _transformers(bundle, name, at))
     dtype = bundle.manifest.params["folders"]["onnx_dtype"]
-    found["onnxruntime"] = ("python", _onnxruntime(folder, dtype))
+    if dtype != "bfloat16":  # numpy, which holds the cache in this code, has none
+        found["onnxruntime"] = ("python", _onnxruntime(folder, dtype))
     found["onnxruntime-genai"] = ("python", _genai(folder))
     if loads(bundle, "vLLM") and "auto_map" not in bundle.config:
         branch = "" if revision == "main" else f" --revision {revision}"

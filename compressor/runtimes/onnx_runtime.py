@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from compressor.runtimes.base import Facts, Runtime
-from compressor.runtimes.session import Session
+from compressor.runtimes.session import BFLOAT16, Session, floats, to_array
 
 _ROOM = 256  # tokens in the first buffer; a full one is doubled
 
@@ -45,7 +45,7 @@ class OnnxRuntime(Runtime):
             logits = self._in_place(ids)
         else:
             logits, self._cache = self._session.run(ids, self._cache)
-        return logits[0, -1].astype(np.float32)
+        return floats(logits[0, -1])
 
     def _cut(self, length: int) -> bool:
         if not self.facts.shared_cache:  # what a buffer holds behind the length is never read
@@ -62,7 +62,7 @@ class OnnxRuntime(Runtime):
         self._binding.bind_cpu_input("attention_mask", np.ones((1, total), np.int64))
         self._binding.bind_output("logits", "cpu")
         self._session.inference.run_with_iobinding(self._binding)
-        return self._binding.get_outputs()[-1].numpy()
+        return to_array(self._binding.get_outputs()[-1])
 
     def _grow(self, room: int) -> None:
         """Move the cache into buffers for `room` tokens, each bound as past and as present."""
@@ -70,11 +70,13 @@ class OnnxRuntime(Runtime):
 
         self._room = min(room, self.facts.context or room)
         self._binding.clear_binding_outputs()
-        used = len(self.tokens)
+        used, dtype = len(self.tokens), self._session.dtype
         for name, array in self._session.empty_cache(length=self._room).items():
             if used:
                 array[:, :, :used] = self._buffers[name].numpy()[:, :, :used]
             self._cache[name] = array  # on the CPU the buffer is this very memory
             self._buffers[name] = buffer = OrtValue.ortvalue_from_numpy(array, self.device)
-            self._binding.bind_ortvalue_input(name, buffer)
-            self._binding.bind_ortvalue_output(name.replace("past_key_values", "present"), buffer)
+            kind = BFLOAT16 if dtype == np.uint16 else dtype
+            place = self.device, 0, kind, array.shape, buffer.data_ptr()
+            self._binding.bind_input(name, *place)
+            self._binding.bind_output(name.replace("past_key_values", "present"), *place)

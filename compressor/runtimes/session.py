@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,15 @@ from compressor.errors import InferenceError, MissingDependency
 
 log = logging.getLogger(__name__)
 MODEL = "model.onnx"
+CUDA = "CUDAExecutionProvider"
 APPENDING = "compress.cache_appends"
 """Metadata of graphs whose cache keeps padding too: their mask may have holes."""
 
 Cache = dict[str, np.ndarray]
+BFLOAT16 = 16
+"""The type's number in ONNX."""
+_HELD = {"tensor(float16)": np.float16, "tensor(bfloat16)": np.uint16}
+"""What arrays hold a type of ONNX in; numpy lacks bfloat16, so its bits stand in uint16."""
 
 
 class Session:
@@ -24,7 +31,7 @@ class Session:
     Attributes:
         inference: onnxruntime's own session.
         providers: what onnxruntime really uses; it falls back without an error.
-        past: the cache inputs; `dtype` is theirs.
+        past: the cache inputs; `dtype` is that of the arrays which hold them.
         inputs: names of all inputs.
         appends: whether the cache keeps padding too, so that the mask may have holes.
     """
@@ -34,7 +41,7 @@ class Session:
     ) -> None:
         """Load the graph `model` from `folder`; `threads` None is onnxruntime's own choice."""
         onnxruntime = load_onnxruntime()
-        wanted = ["CUDAExecutionProvider"] if device in ("auto", "cuda") else []
+        wanted = [CUDA] if device in ("auto", "cuda") else []
         offered = onnxruntime.get_available_providers()
         if device == "cuda" and not set(wanted) <= set(offered):
             raise InferenceError(
@@ -67,7 +74,7 @@ class Session:
                 f"{folder / model}: not a decoder with a KV cache (inputs input_ids, "
                 f"attention_mask, past_key_values.*); it has {', '.join(sorted(self.inputs)[:6])}"
             )
-        self.dtype = np.float16 if "float16" in self.past[0].type else np.float32
+        self.dtype: Any = _HELD.get(self.past[0].type, np.float32)
 
     def empty_cache(self, batch: int = 1, length: int = 0) -> Cache:
         """A KV cache without entries, with room for `length` of them."""
@@ -78,14 +85,14 @@ class Session:
     def run(
         self, ids: np.ndarray, cache: Cache | None = None, mask: np.ndarray | None = None
     ) -> tuple[np.ndarray, Cache]:
-        """Logits (B, S, V) of ids (B, S) after the cached tokens, and the grown cache.
+        """Float32 logits (B, S, V) of ids (B, S) after the cached tokens, and the grown cache.
 
         `mask` (B, P + S) marks real tokens; padding stands on the right.
         Raises `InferenceError` for padding on the left, which the graph cannot express.
         """
         values = self.values(ids, cache, mask)
         grown = {k: v for k, v in values.items() if k.startswith("present.")}
-        return values["logits"], {
+        return floats(values["logits"]), {
             k.replace("present.", "past_key_values."): v for k, v in grown.items()
         }
 
@@ -103,7 +110,11 @@ class Session:
         if "position_ids" in self.inputs:
             positions = mask.cumsum(axis=1)[:, past:] - 1
             feeds["position_ids"] = np.maximum(positions, 0)
-        return dict(zip(self._outputs, self.inference.run(None, feeds), strict=True))
+        if self.dtype != np.uint16:
+            return dict(zip(self._outputs, self.inference.run(None, feeds), strict=True))
+        given = {name: _value(array) for name, array in feeds.items()}
+        found = self.inference.run_with_ort_values(self._outputs, given)
+        return dict(zip(self._outputs, map(to_array, found), strict=True))
 
     def generate(self, ids: np.ndarray, count: int, cache: Cache | None = None) -> list[int]:
         """`count` greedy tokens after ids (1, S), with the KV cache."""
@@ -113,6 +124,30 @@ class Session:
             tokens.append(int(logits[0, -1].argmax()))
             ids = np.array([[tokens[-1]]], np.int64)
         return tokens
+
+
+def _value(array: np.ndarray) -> Any:
+    """An array as onnxruntime's own value of the same memory."""
+    value = load_onnxruntime().OrtValue
+    if array.dtype == np.uint16:
+        return value.ortvalue_from_numpy_with_onnx_type(array, BFLOAT16)
+    return value.ortvalue_from_numpy(array)
+
+
+def to_array(value: Any) -> np.ndarray:
+    """A copy of onnxruntime's value; bfloat16, which must be on the CPU, as its bits."""
+    if value.element_type() != BFLOAT16:
+        array: np.ndarray = value.numpy()
+        return array
+    memory = (ctypes.c_uint16 * math.prod(value.shape())).from_address(value.data_ptr())
+    return np.frombuffer(memory, np.uint16).reshape(value.shape()).copy()
+
+
+def floats(array: np.ndarray) -> np.ndarray:
+    """Float32 of logits or activations in any dtype; uint16 holds the bits of bfloat16."""
+    if array.dtype == np.uint16:
+        return (array.astype(np.uint32) << 16).view(np.float32)
+    return array.astype(np.float32, copy=False)
 
 
 def load_onnxruntime() -> Any:
