@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,8 @@ from compressor.errors import ConfigError
 from compressor.records import Selection
 from pipelines import leaderboard
 from pipelines.compare import choices
-from tests.tiny import save_corpus, save_tiny, save_tokenizer
+from tests.command_line import compress
+from tests.tiny import save_project
 
 ARGUMENTS = [
     "compare", "model", "--budget", "2", "--text", "corpus.jsonl", "--field", "text",
@@ -30,24 +28,11 @@ ARGUMENTS = [
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model and a corpus, and one finished comparison in `out`."""
     folder = tmp_path_factory.mktemp("compare")
-    save_tiny(folder / "model", "llama")
-    save_tokenizer(folder / "model")
-    save_corpus(folder / "corpus.jsonl")
+    save_project(folder)
     done = compress(folder, *ARGUMENTS, "-o", "out", "--json")
     assert done.returncode == 0, done.stderr
     (folder / "first.json").write_text(done.stdout)
     return folder
-
-
-def compress(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", "from pipelines.cli import main; main()", *args],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 def board(project: Path) -> dict[str, Any]:

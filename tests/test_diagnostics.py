@@ -16,7 +16,7 @@ from compressor.evaluate.windows import describe, spearman
 from compressor.quantize import RtnParams
 from compressor.quantize.driver import quantize
 from pipelines.table import added_loss
-from tests.test_run import compress
+from tests.command_line import compress
 from tests.tiny import save_corpus, save_tiny, save_tokenizer, tiny, tokens
 
 WINDOWS = tokens(5, 16)

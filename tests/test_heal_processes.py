@@ -1,12 +1,9 @@
-"""Healing in two processes on the CPU: the same curve as one, one result."""
+"""Healing in processes of its own: two that learn what one does, and one that is killed."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +11,14 @@ import pytest
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from tests.tiny import save_corpus, save_tiny, save_tokenizer, tiny
+from pipelines.cli import cli
+from tests.command_line import PYTHON, compress, hashes, kill
+from tests.tiny import save_project, save_tokenizer, tiny
 
-ROOT = Path(__file__).parents[1]
+TWO = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "pipelines")
 SETTINGS = {
     "lora": ["--rank", "4", "--dropout", "0"],
+    "qlora": ["--rank", "4"],
     "lisa": ["--blocks", "1", "--every", "2"],
     "distill": [
         "--rank", "4", "--dropout", "0", "--parent", "parent", "--hidden", "[1]", "--filters",
@@ -27,41 +27,33 @@ SETTINGS = {
 }  # fmt: skip
 
 
-def command(name: str, method: str, *more: str, processes: int = 1) -> list[str]:
-    """`compress heal` into the folder `name`."""
-    launcher = ["torch.distributed.run", f"--nproc-per-node={processes}", "-m"]
+def command(method: str, *more: str) -> list[str]:
+    """`compress heal` of the tiny model."""
     return [
-        sys.executable, "-m", *(launcher if processes > 1 else []), "pipelines",
         "heal", "model", "--method", method, *SETTINGS[method], "--steps", "4", "--batch-size", "4",
         "--warmup-steps", "1", "--learning-rate", "1e-2", "--validation", "0.2",
         "--evaluate-every", "2", "--text", "corpus.jsonl", "--field", "text", "--windows", "20",
-        "--length", "16", "--store", f"store-{name}", "-o", name, *more,
+        "--length", "16", *more,
     ]  # fmt: skip
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-
-def heal(folder: Path, *words: str, processes: int = 1) -> tuple[str, list[dict[str, Any]]]:
+def heal(
+    folder: Path, name: str, method: str, *more: str, python: tuple[str, ...] = PYTHON
+) -> tuple[str, list[dict[str, Any]]]:
     """Heal into folder/name; returns standard output and the rows of the log."""
-    done = subprocess.run(
-        command(*words, processes=processes),
-        cwd=folder, env=environment(), capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    places = ("--store", f"store-{name}", "-o", name)
+    done = compress(folder, *command(method, *places, *more), python=python)
     assert done.returncode == 0, done.stderr
-    lines = (folder / words[0] / "metrics.jsonl").read_text().splitlines()
+    lines = (folder / name / "metrics.jsonl").read_text().splitlines()
     return done.stdout, [json.loads(line) for line in lines]
 
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     """A tiny model and another to learn from, their tokenizer and text."""
-    save_tiny(tmp_path / "model", "llama")
+    save_project(tmp_path)
     tiny("llama", seed=1).save_pretrained(tmp_path / "parent")
-    for name in ("model", "parent"):
-        save_tokenizer(tmp_path / name)
-    save_corpus(tmp_path / "corpus.jsonl")
+    save_tokenizer(tmp_path / "parent")
     return tmp_path
 
 
@@ -72,7 +64,7 @@ def project(tmp_path: Path) -> Path:
 def test_two_processes_learn_what_one_does(method: str, more: list[str], project: Path) -> None:
     """Four windows per step, by one process or two by two: equal up to the order of sums."""
     _, one = heal(project, "one", method)
-    told, two = heal(project, "two", method, *more, processes=2)
+    told, two = heal(project, "two", method, *more, python=TWO)
     assert [row.keys() for row in one] == [row.keys() for row in two]
     for a, b in zip(one, two, strict=True):
         assert a == pytest.approx(b, rel=1e-4)
@@ -82,34 +74,26 @@ def test_two_processes_learn_what_one_does(method: str, more: list[str], project
         assert_close(weights[1][name], weight, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.slow
-def test_killed_lisa_ends_in_the_same_bytes(project: Path) -> None:
-    more = ("--steps", "40", "--save-every", "1")
-    heal(project, "whole", "lisa", *more)
-    child = subprocess.Popen(
-        command("cut", "lisa", *more),
-        cwd=project, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    store = project / "store-cut/store"
-    deadline = time.monotonic() + 120
-    while not list(store.glob(".work-heal-*/checkpoint-*/trainer_state.json")):
-        assert time.monotonic() < deadline
-        assert child.poll() is None, "healing ended before it could be killed"
-        time.sleep(0.002)
-    child.kill()
-    child.wait()
-    assert not (project / "cut").exists()
-    heal(project, "cut", "lisa", *more)
-    for file in ("model.safetensors", "metrics.jsonl"):
-        assert (project / "cut" / file).read_bytes() == (project / "whole" / file).read_bytes()
+@pytest.mark.parametrize("method", ["lora", "qlora", pytest.param("lisa", marks=pytest.mark.slow)])
+def test_killed_healing_ends_in_the_same_bytes(
+    method: str, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed behind two of 16 steps, it goes on: every file is that of a run without a break."""
+    monkeypatch.chdir(project)
+    wanted = command(method, "--steps", "16", "--save-every", "2", "--quiet")
+    kill(project, "cut/store/.work-heal-*/checkpoint-*/trainer_state.json", *wanted, "--store=cut")
+    assert not list(project.glob("cut/store/heal-*"))
+    for store in ("whole", "cut"):
+        cli.main([*wanted, "--store", store], standalone_mode=False)
+    whole, cut = (next(project.glob(f"{store}/store/heal-*")) for store in ("whole", "cut"))
+    assert hashes(cut) == hashes(whole)
+    assert not list(project.glob("cut/store/.work-*"))
 
 
 @pytest.mark.slow
 def test_divergence_ends_with_one_line_and_exit_code_1(project: Path) -> None:
-    done = subprocess.run(
-        command("lost", "lora", "--learning-rate", "1e30", "--warmup-steps", "0"),
-        cwd=project, env=environment(), capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    settings = ("--learning-rate", "1e30", "--warmup-steps", "0", "-o", "lost")
+    done = compress(project, *command("lora", *settings))
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: the ")

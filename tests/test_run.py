@@ -15,67 +15,42 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pipelines import table
-from tests.tiny import save_corpus, save_tiny, save_tokenizer
+from tests.command_line import CODE, compress, start
+from tests.tiny import save_project
 
 CONFIG = """\
 name: tiny
-model: {{path: {folder}/model}}
+model: {path: model}
 text:
-  source: {{path: {folder}/corpus.jsonl, field: text}}
-  evaluation: {{windows: 4, length: 32}}
-  calibration: {{windows: 8, length: 32}}
-  healing: {{windows: 16, length: 32}}
-evaluate: {{prompt_tokens: 4, new_tokens: 2, repeats: 1}}
+  source: {path: corpus.jsonl, field: text}
+  evaluation: {windows: 4, length: 32}
+  calibration: {windows: 8, length: 32}
+  healing: {windows: 16, length: 32}
+evaluate: {prompt_tokens: 4, new_tokens: 2, repeats: 1}
 stages:
   - score: [angular_distance, block_influence, lamp, layer_contribution]
-  - select: {{method: contiguous, n: 2}}
+  - select: {method: contiguous, n: 2}
   - prune
-  - heal: {{method: lora, rank: 4, steps: 12, warmup_steps: 2, batch_size: 2, save_every: 2}}
-  - quantize: {{method: gptq, group_size: 16}}
+  - heal: {method: lora, rank: 4, steps: 12, warmup_steps: 2, batch_size: 2, save_every: 2}
+  - quantize: {method: gptq, group_size: 16}
   - export
 """
-CODE = "from pipelines.cli import main; main()"
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny llama with tokenizer, a corpus, a configuration and one finished run of it."""
     folder = tmp_path_factory.mktemp("project")
-    save_tiny(folder / "model", "llama", hidden_size=64)
-    save_tokenizer(folder / "model")
-    save_corpus(folder / "corpus.jsonl")
-    (folder / "tiny.yaml").write_text(CONFIG.format(folder=folder))
+    save_project(folder, CONFIG, hidden_size=64)
     result = compress(folder, "run", "tiny.yaml", "--json")
     assert result.returncode == 0, result.stderr
     (folder / "first.json").write_text(result.stdout)
     return folder
 
 
-def compress(folder: Path, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run the command line in `folder`."""
-    return subprocess.run(
-        [sys.executable, "-c", CODE, *args],
-        cwd=folder,
-        env=_environment(**env),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def _environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1", **more}
-
-
 def record(folder: Path) -> dict[str, Any]:
     value: dict[str, Any] = json.loads((folder / "first.json").read_text())
     return value
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    """Path -> sha256 of everything in an artifact, from its manifest."""
-    manifest = json.loads((folder / "manifest.json").read_text())
-    return {f["path"]: f["sha256"] for f in manifest["files"]}
 
 
 def test_the_record_is_complete(project: Path) -> None:
@@ -173,44 +148,8 @@ def test_verify_names_the_changed_file(project: Path) -> None:
     assert len(result.stderr.strip().splitlines()) == 1
 
 
-def test_killed_healing_resumes_to_the_same_bytes(project: Path) -> None:
-    expected = hashes(
-        next(Path(s["folder"]) for s in record(project)["stages"] if s["verb"] == "heal")
-    )
-    command = [sys.executable, "-c", CODE, "run", "tiny.yaml", "--store", "killed", "--to", "heal"]
-    child = subprocess.Popen(
-        command,
-        cwd=project,
-        env=_environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    saved = project / "killed/store"
-    deadline = time.monotonic() + 120
-    while not list(saved.glob(".work-heal-*/checkpoint-*/trainer_state.json")):
-        assert time.monotonic() < deadline
-        assert child.poll() is None, "healing ended before it could be killed"
-        time.sleep(0.002)
-    child.kill()
-    child.wait()
-    assert not list(saved.glob("heal-*"))
-    result = compress(project, "run", "tiny.yaml", "--store", "killed", "--to", "heal", "--json")
-    assert result.returncode == 0, result.stderr
-    (healed,) = saved.glob("heal-*")
-    assert hashes(healed) == expected
-    assert not list(saved.glob(".work-*"))
-
-
 def test_interrupt_leaves_nothing_half_written(project: Path) -> None:
-    command = [sys.executable, "-c", CODE, "run", "tiny.yaml", "--store", "stopped"]
-    child = subprocess.Popen(
-        command,
-        cwd=project,
-        env=_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    child = start(project, "run", "tiny.yaml", "--store", "stopped")
     store = project / "stopped/store"
     while not list(store.glob("evaluate-*")):
         time.sleep(0.01)
@@ -302,10 +241,8 @@ def test_full_disk_is_explained(project: Path) -> None:
         "def full(*a, **k): raise OSError(errno.ENOSPC, 'No space left on device')\n"
         "Spool.save = full\n"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", limited + CODE, "run", "tiny.yaml", "--store", "full"],
-        cwd=project, env=_environment(), capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    python = (sys.executable, "-c", limited + CODE)
+    result = compress(project, "run", "tiny.yaml", "--store", "full", python=python)
     assert result.returncode == 1
     assert "the disk is full" in result.stderr
     assert not list((project / "full/store").glob(".tmp-*"))

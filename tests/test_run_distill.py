@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +12,8 @@ import pytest
 from compressor import teacher
 from compressor.errors import CheckpointError
 from pipelines.cli import cli
-from tests.test_run import CODE, hashes
-from tests.tiny import save_corpus, save_tiny, save_tokenizer, tiny
+from tests.command_line import CODE, hashes, kill
+from tests.tiny import save_project, save_tiny, save_tokenizer, tiny
 
 CONFIG = """\
 name: distilled
@@ -32,9 +29,7 @@ stages:
            hidden: [0, 3], filters: linear, validation: 0}
 """
 
-
-ROOT = Path(__file__).parents[1]
-SMALL = f"from compressor import teacher; teacher.SHARD_BYTES = 1; {CODE}"
+SMALL = (sys.executable, "-c", f"from compressor import teacher; teacher.SHARD_BYTES = 1; {CODE}")
 """The command line with one window per file of the parent's outputs."""
 
 
@@ -42,10 +37,7 @@ SMALL = f"from compressor import teacher; teacher.SHARD_BYTES = 1; {CODE}"
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model and a corpus."""
     folder = tmp_path_factory.mktemp("distilled")
-    save_tiny(folder / "model", "llama", hidden_size=64)
-    save_tokenizer(folder / "model")
-    save_corpus(folder / "corpus.jsonl")
-    (folder / "run.yaml").write_text(CONFIG)
+    save_project(folder, CONFIG, hidden_size=64)
     return folder
 
 
@@ -73,25 +65,13 @@ def test_killed_twice_it_ends_in_the_same_bytes(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Once while the parent's outputs are written, once while the student trains."""
-    assert built(capsys, "run", "run.yaml")[-2:] == ["teacher", "heal"]
+    assert built(capsys, "run", "tiny.yaml")[-2:] == ["teacher", "heal"]
     first = made(project, "teacher"), made(project, "heal")
     for sign in (".work-teacher-*/windows-000010*", ".work-heal-*/checkpoint-*/trainer_state.json"):
-        command = [sys.executable, "-c", SMALL, "run", "run.yaml", "--store", "killed", "--quiet"]
-        child = subprocess.Popen(
-            command,
-            cwd=project,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        )
-        deadline = time.monotonic() + 120
-        while not list((project / "killed/store").glob(sign)):
-            assert time.monotonic() < deadline
-            assert child.poll() is None, "it ended before it could be killed"
-            time.sleep(0.001)
-        child.kill()
-        child.wait()
+        kill(project, f"killed/store/{sign}", "run", "tiny.yaml", "--store", "killed", python=SMALL)
         if "teacher" in sign:
             assert not list((project / "killed/store").glob("teacher-*"))
-    assert built(capsys, "run", "run.yaml", "--store", "killed") == ["heal"]
+    assert built(capsys, "run", "tiny.yaml", "--store", "killed") == ["heal"]
     again = made(project, "teacher", "killed"), made(project, "heal", "killed")
     assert [hashes(folder) for folder in again] == [hashes(folder) for folder in first]
     assert not list((project / "killed/store").glob(".work-*"))

@@ -14,9 +14,9 @@ from peft import PeftModel
 from compressor.checkpoint import Checkpoint
 from compressor.export import ExportParams
 from compressor.records import Selection
+from tests.command_line import compress
 from tests.test_prune_sublayers import load
-from tests.test_run import compress
-from tests.tiny import save_corpus, save_tiny, save_tokenizer, tokens
+from tests.tiny import save_project, tokens
 
 CONFIG = """\
 name: tiny
@@ -49,10 +49,7 @@ assert not any(name.startswith("compressor") for name in sys.modules)
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sublayers")
-    save_tiny(folder / "model", "llama", hidden_size=64)
-    save_tokenizer(folder / "model")
-    save_corpus(folder / "corpus.jsonl")
-    (folder / "tiny.yaml").write_text(CONFIG)
+    save_project(folder, CONFIG, hidden_size=64)
     return folder
 
 

@@ -94,3 +94,11 @@ def save_corpus(path: Path, documents: int = 60, seed: int = 0) -> None:
             favourites = order.sample(range(3, 96), 6)
             words = [f"w{order.choice(favourites)}" for _ in range(50)]
             file.write(json.dumps({"text": " ".join(words)}) + "\n")
+
+
+def save_project(folder: Path, config: str = "", **overrides: object) -> None:
+    """What a run begins with: a tiny llama with its tokenizer, a corpus, and a `tiny.yaml`."""
+    save_tiny(folder / "model", "llama", **overrides)
+    save_tokenizer(folder / "model")
+    save_corpus(folder / "corpus.jsonl")
+    (folder / "tiny.yaml").write_text(config)
