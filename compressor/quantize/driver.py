@@ -19,6 +19,7 @@ from compressor.blocks import weight_of
 from compressor.checkpoint import Checkpoint
 from compressor.decoder import Decoder, all_finite
 from compressor.errors import QuantizationError
+from compressor.memory import release
 from compressor.moments import energy
 from compressor.quantize import METHODS, Forwards, GridParams, Kind, PropagatingParams
 from compressor.quantize.error_propagation import propagate_error
@@ -177,10 +178,12 @@ def quantize_blocks(
         truth = Guide(teacher, stream) if teacher else Twin(stream)
     probe = decoder.embed(tokens[:1, :_PROBE])
     decoder.drop_shell()
+    release()
     for step in walk(stream, "quantize"):
         forwards = products_in(recipe.forwards, decoder.device, recipe.widest)
         with forwards, truth.beside(step) if truth else nullcontext() as original:
             result = _quantize_block(step, original, probe, recipe)
+        release()
         yield result
 
 
