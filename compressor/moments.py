@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_STRIP = 256  # channels whose products with themselves and all later ones are taken at once
+_STRIP = 192  # channels whose products with themselves and all later ones are taken at once
+_TOKENS = 1024  # that are in float32 at once
 
 
 class Gram:
@@ -23,23 +24,23 @@ class Gram:
 
     def add(self, x: Tensor) -> None:
         """Add inputs (..., I)."""
-        x = x.reshape(-1, x.shape[-1]).float()
-        for start in range(0, x.shape[1], _STRIP):
-            strip = slice(start, start + _STRIP)
-            self._sum[strip, start:].addmm_(x[:, strip].T, x[:, start:])
-        self._count += len(x)
+        for part in x.reshape(-1, x.shape[-1]).split(_TOKENS):
+            part = part.float()
+            for start in range(0, part.shape[1], _STRIP):
+                strip = slice(start, start + _STRIP)
+                self._sum[strip, start:].addmm_(part[:, strip].T, part[:, start:])
+            self._count += len(part)
 
     @property
     def mean(self) -> Tensor:
         """(I, I): mean over tokens of x x^T."""
-        upper = self._sum.triu()
-        return (upper + upper.triu(1).T) / max(1, self._count)
+        return self._sum.triu().add_(self._sum.triu(1).T).div_(max(1, self._count))
 
 
 class Cross:
     """D X^T of what one stream lacks beside another and what it reads, as a mean over tokens.
 
-    Accumulates (O, I) in float32; the products follow the autocast they are taken under.
+    Accumulates (O, I) in float32; products are taken in the dtype of x, or of the autocast.
     """
 
     def __init__(self, rows: int, features: int, device: torch.device) -> None:
@@ -49,8 +50,8 @@ class Cross:
 
     def add(self, lacking: Tensor, x: Tensor) -> None:
         """Add the same tokens' d (..., O) and x (..., I)."""
-        lacking, x = (each.reshape(-1, each.shape[-1]) for each in (lacking.float(), x.float()))
-        self._sum += lacking.T @ x
+        lacking, x = (each.reshape(-1, each.shape[-1]) for each in (lacking, x))
+        self._sum += lacking.to(x.dtype).T @ x
         self._count += len(x)
 
     @property

@@ -19,6 +19,7 @@ from compressor.blocks import weight_of
 from compressor.checkpoint import Checkpoint
 from compressor.decoder import Decoder, all_finite
 from compressor.errors import QuantizationError
+from compressor.memory import release
 from compressor.moments import energy
 from compressor.quantize import METHODS, Forwards, GridParams, Kind, PropagatingParams
 from compressor.quantize.error_propagation import propagate_error
@@ -186,6 +187,7 @@ def quantize_blocks(
         truth = Guide(teacher, stream) if teacher else Twin(stream)
     probe = decoder.embed(tokens[:1, :_PROBE])
     decoder.drop_shell()
+    release()
     for step in walk(stream, "quantize"):
         scaled = scale_block(step, probe, recipe.grids) if recipe.scales else Scaled({}, {})
         forwards = products_in(recipe.forwards, decoder.device, recipe.widest)
@@ -194,6 +196,7 @@ def quantize_blocks(
         result.dense = scaled.dense
         for name, beta in scaled.betas.items():
             result.report[name]["beta"] = beta
+        release()
         yield result
 
 

@@ -48,8 +48,7 @@ def moments_of(
     """The moments of batches as the compressed model reads them and, of two, the original.
 
     weight (O, I) is W, `share` how much of what the stream lost is to be made up for.
-    Differences are formed in float32 before they are multiplied: streams that are equal give
-    exact zeros.
+    Differences are formed before they are multiplied: streams that are equal give exact zeros.
     """
     (outputs, inputs), device = weight.shape, weight.device
     gram = Gram(inputs, device)
@@ -59,13 +58,13 @@ def moments_of(
         gram.add(x)
         if original is None:
             continue
-        off = original.x.float() - x.float()
+        off = original.x - x
         if h is None or original.stream is None:
             cross = cross or Cross(inputs, inputs, device)
             cross.add(off, x)
             continue
         lack = lack or Cross(outputs, inputs, device)
-        short = linear(off, weight.float()).float()
+        short = linear(off, weight.to(off.dtype)).float()
         lack.add(short.add_((original.stream - h).view_as(short), alpha=share), x)
     return Moments(gram.mean, cross.mean if cross else None, lack.mean if lack else None)
 
