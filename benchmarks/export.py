@@ -1,11 +1,11 @@
-"""Exports side by side: our graphs, torch, and onnxruntime-genai's builder where it is given.
+"""Exports side by side: our graphs, torch, and what onnxruntime-genai's own builder makes.
 
-    python benchmarks/export.py MODEL [QUANTIZED] [--genai-python VENV/bin/python]
+    python benchmarks/export.py MODEL [QUANTIZED] [--genai] [--runtimes onnxruntime,genai]
         [--threads 1] [--repeats 5] [--json]
 
-MODEL is a dense folder, QUANTIZED the same in integers. The builder runs in its own
-environment (`pip install onnxruntime-genai`), with this one's packages behind it. Every graph
-is timed in plain onnxruntime, in turns within one run, after one turn of warm-up.
+MODEL is a dense folder, QUANTIZED the same in integers. Ours are whole exports, the gate included;
+the builder checks nothing. Speeds are those of `compress bench`: every measurement in a process of
+its own, in turns.
 """
 
 from __future__ import annotations
@@ -13,121 +13,79 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
-import torch
-from transformers import AutoModelForCausalLM, DynamicCache
+
+from compressor.runtimes import Target, find
+from compressor.runtimes.base import Runtime
+from compressor.runtimes.bench import Case, Settings, bench, weight_file_bytes
 
 PROMPT, NEW, CHECKED = 64, 16, (24, 17, 9)
-BUILD = (
+EXPORT = (
     "import sys, json, torch\nfrom pathlib import Path\n"
-    "from compressor.export.decoder_graph import build\n"
-    "build(Path(sys.argv[1]), Path(sys.argv[2]), **json.loads(sys.argv[3]))\n"
+    "from compressor.export import ExportParams\nfrom compressor.export.onnx import export\n"
+    "torch.set_num_threads(int(sys.argv[4]))\n"
+    "params = ExportParams(formats=('onnx',), **json.loads(sys.argv[3]))\n"
+    "export(Path(sys.argv[1]), Path(sys.argv[2]), params)\n"
 )
 
 
-def child(*args: str, **env: str) -> dict[str, float]:
-    """Run a process; its seconds, CPU seconds and peak memory in MB."""
-    began = time.perf_counter()
+def child(*args: str) -> dict[str, float]:
+    """Run a process; its CPU seconds and peak memory in MB."""
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(args, env={**os.environ, **env}, stdout=log, stderr=log)
+        process = subprocess.Popen(args, stdout=log, stderr=log)
         _, status, usage = os.wait4(process.pid, 0)
         if status:
             log.seek(0)
             sys.exit(log.read().decode()[-2000:])
-    seconds = time.perf_counter() - began
     cpu = usage.ru_utime + usage.ru_stime
-    return {"seconds": seconds, "cpu_seconds": cpu, "peak_mb": usage.ru_maxrss / 1024}
-
-
-class Onnx:
-    """A decoder graph in plain onnxruntime, ours or the builder's: their names are the same."""
-
-    def __init__(self, folder: Path, model: Any, threads: int) -> None:
-        """Load it; `model` is the torch model, for the sizes of the cache."""
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = threads, 3
-        path = str(folder / "model.onnx")
-        self.session = onnxruntime.InferenceSession(
-            path, options, providers=["CPUExecutionProvider"]
-        )
-        config = model.config
-        width = (
-            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        )
-        shape = (1, config.num_key_value_heads, 0, width)
-        inputs = [i for i in self.session.get_inputs() if i.name.startswith("past_key_values.")]
-        kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
-        self.empty = {i.name: np.zeros(shape, kinds[i.type]) for i in inputs}
-        self.names = [o.name for o in self.session.get_outputs()]
-
-    def __call__(self, ids: np.ndarray, cache: Any = None) -> tuple[np.ndarray, Any]:
-        """Logits (S, V) and the grown cache."""
-        cache = cache or self.empty
-        total = next(iter(cache.values())).shape[2] + ids.shape[1]
-        feeds = {"input_ids": ids, "attention_mask": np.ones((1, total), np.int64), **cache}
-        values = dict(zip(self.names, self.session.run(None, feeds), strict=True))
-        logits = values.pop("logits")[0]
-        return logits, {k.replace("present.", "past_key_values."): v for k, v in values.items()}
-
-
-class Torch:
-    """The dense model in transformers."""
-
-    def __init__(self, model: Any) -> None:
-        """Wrap a model."""
-        self.model = model
-
-    @torch.inference_mode()
-    def __call__(self, ids: np.ndarray, cache: Any = None) -> tuple[np.ndarray, Any]:
-        """Logits (S, V) and the grown cache."""
-        cache = DynamicCache(config=self.model.config) if cache is None else cache
-        out = self.model(torch.from_numpy(ids), past_key_values=cache, use_cache=True)
-        return out.logits[0].numpy(), out.past_key_values
-
-
-def greedy(run: Any, ids: np.ndarray, count: int, cache: Any = None) -> list[int]:
-    """Greedy tokens after ids (1, S)."""
-    tokens: list[int] = []
-    for _ in range(count):
-        logits, cache = run(ids, cache)
-        tokens.append(int(logits[-1].argmax()))
-        ids = np.array([[tokens[-1]]], np.int64)
-    return tokens
+    return {"cpu_seconds": cpu, "peak_mb": usage.ru_maxrss / 1024}
 
 
 def builds(args: argparse.Namespace, out: Path) -> dict[str, dict[str, Any]]:
     """Every export that was asked for: its folder, what it took and its bytes."""
-    dense, packed = str(args.model), args.quantized and str(args.quantized)
-    asked = [("ours fp32", dense, {})]
-    if packed:
-        asked += [("ours int, level 0", packed, {"accuracy_level": 0})]
-        asked += [("ours int, level 4", packed, {"accuracy_level": 4})]
-        asked += [("ours int, level 4, head 4", packed, {"accuracy_level": 4, "head_bits": 4})]
+    asked: list[tuple[str, Path, dict[str, int]]] = [("ours fp32", args.model, {})]
+    if args.quantized:
+        for name, settings in {
+            "ours int, level 0": {},
+            "ours int, level 4": {"accuracy_level": 4},
+            "ours int, level 4, head 4": {"accuracy_level": 4, "head_bits": 4},
+        }.items():
+            asked.append((name, args.quantized, settings))
     rows: dict[str, dict[str, Any]] = {}
     for name, source, settings in asked:
         folder = out / name.replace(" ", "-")
         folder.mkdir()
-        took = child(sys.executable, "-c", BUILD, source, str(folder), json.dumps(settings))
-        rows[name] = {"folder": folder, **took}
-    for precision in ("fp32", "int4") if args.genai_python else ():
+        given = [str(source), str(folder), json.dumps(settings), str(args.threads)]
+        took = child(sys.executable, "-c", EXPORT, *given)
+        rows[name] = {"folder": folder / "onnx", **took}
+    for precision in ("fp32", "int4") if args.genai else ():
         folder = out / f"genai-{precision}"
-        command = [args.genai_python, "-m", "onnxruntime_genai.models.builder", "-i", dense]
-        command += ["-o", str(folder), "-p", precision, "-e", "cpu", "-c", str(out / "cache")]
-        packages = str(Path(torch.__file__).parents[1])
-        rows[f"genai {precision}"] = {"folder": folder, **child(*command, PYTHONPATH=packages)}
+        command = ["-m", "onnxruntime_genai.models.builder", "-i", str(args.model), "-e", "cpu"]
+        command += ["-o", str(folder), "-p", precision, "-c", str(out / "cache")]
+        rows[f"genai {precision}"] = {"folder": folder, **child(sys.executable, *command)}
     for row in rows.values():
-        files = [p for p in row.pop("folder").iterdir() if p.name.startswith("model.onnx")]
-        row["path"], row["mb"] = files[0].parent, sum(p.stat().st_size for p in files) / 1e6
+        row["mb"] = weight_file_bytes(row["folder"]) / 1e6
     return rows
+
+
+def said(runtime: Runtime, prompts: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Logits (N, V) behind each prompt, and the greedy tokens (N, NEW) that follow."""
+    first, tokens = [], []
+    for prompt in prompts:
+        runtime.rewind(0)
+        logits = runtime.prefill(prompt)
+        first.append(logits)
+        chosen = [int(logits.argmax())]
+        while len(chosen) < NEW:
+            chosen.append(int(runtime.step(chosen[-1]).argmax()))
+        tokens.append(chosen)
+    return np.stack(first), np.array(tokens)
 
 
 def main() -> None:
@@ -135,61 +93,60 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("quantized", type=Path, nargs="?")
-    parser.add_argument("--genai-python")
+    parser.add_argument("--genai", action="store_true")
+    parser.add_argument("--runtimes", default="onnxruntime")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
-    random = np.random.default_rng(0)
-    prompts = [random.integers(model.config.vocab_size, size=(1, n)) for n in (*CHECKED, PROMPT)]
     with tempfile.TemporaryDirectory() as out:
-        rows = {"torch fp32": {}} | builds(args, Path(out))
-        runs = {
-            name: Onnx(row.pop("path"), model, args.threads) if row else Torch(model)
-            for name, row in rows.items()
-        }
-        own = {name: [run(p)[0] for p in prompts] for name, run in runs.items()}
-        said = {n: [greedy(run, p, NEW) for p in prompts[:-1]] for n, run in runs.items()}
-        for name, row in rows.items():
-            pairs = zip(own[name], own["torch fp32"], strict=True)
-            row["logit_difference"] = max(float(np.abs(a - b).max()) for a, b in pairs)
-            same = np.array(said[name]) == np.array(said["torch fp32"])
-            row["greedy"] = f"{int(np.cumprod(same, 1).sum())}/{same.size}"
-        times: dict[str, Any] = {name: {"prefill": [], "decode": []} for name in runs}
-        for turn in range(args.repeats + 1):
-            for name, run in runs.items():
-                began = time.perf_counter()
-                _, cache = run(prompts[-1])
-                middle = time.perf_counter()
-                greedy(run, prompts[-1][:, -1:], NEW, cache)
-                if turn:
-                    times[name]["prefill"].append(PROMPT / (middle - began))
-                    times[name]["decode"].append(NEW / (time.perf_counter() - middle))
-    for name, row in rows.items():
-        for kind, rates in times[name].items():
-            row[kind] = [statistics.median(rates), min(rates), max(rates)]
-    show(rows, as_json=args.json)
+        exports = builds(args, Path(out))
+        cases = [Case("torch fp32", find(args.model, "torch"))]
+        for runtime in args.runtimes.split(","):
+            places = {f"{name} in {runtime}": row["folder"] for name, row in exports.items()}
+            cases += [Case(name, Target(folder, runtime)) for name, folder in places.items()]
+        rows: dict[str, dict[str, Any]] = {}
+        for case in cases:
+            runtime = case.target.open("cpu", args.threads)
+            random = np.random.default_rng(0)
+            vocabulary = runtime.facts.vocabulary
+            prompts = [random.integers(vocabulary, size=n).tolist() for n in CHECKED]
+            logits, tokens = said(runtime, prompts)
+            if not rows:
+                torch_logits, torch_tokens = logits, tokens
+            same = np.cumprod(tokens == torch_tokens, 1)
+            difference = float(np.abs(logits - torch_logits).max())
+            greedy = f"{int(same.sum())}/{same.size}"
+            rows[case.label] = {"logit_difference": difference, "greedy": greedy}
+            del runtime
+        settings = Settings(PROMPT, NEW, args.repeats, (args.threads,), "cpu")
+        for measured in bench(cases, settings)["rows"]:
+            rows[measured["label"]] |= measured
+    show(rows, exports, as_json=args.json)
 
 
-def show(rows: dict[str, dict[str, Any]], *, as_json: bool) -> None:
-    """The table, or the same as JSON."""
+def show(rows: dict[str, Any], exports: dict[str, Any], *, as_json: bool) -> None:
+    """Two tables, or the same as JSON."""
     if as_json:
-        sys.stdout.write(json.dumps(rows, indent=1) + "\n")
+        everything = {"exports": exports, "rows": rows}
+        sys.stdout.write(json.dumps(everything, indent=1, default=str) + "\n")
         return
+    sys.stdout.write("| export | CPU s | peak MB | MB |\n|---|---|---|---|\n")
+    for name, row in exports.items():
+        sys.stdout.write(
+            "| {} | {cpu_seconds:.1f} | {peak_mb:.0f} | {mb:.1f} |\n".format(name, **row)
+        )
     sys.stdout.write(
-        "| route | build s (CPU s) | peak MB | MB | logit difference | greedy "
-        "| prefill tokens/s | decode tokens/s |\n|---|---|---|---|---|---|---|---|\n"
+        "\n| route | logit difference | greedy | prefill tokens/s | decode tokens/s "
+        "| roofline / decode |\n|---|---|---|---|---|---|\n"
     )
     for name, row in rows.items():
-        rates = ["{:.0f} ({:.0f}-{:.0f})".format(*row[kind]) for kind in ("prefill", "decode")]
-        built = "- | - | -"
-        if "mb" in row:
-            built = "{seconds:.1f} ({cpu_seconds:.1f}) | {peak_mb:.0f} | {mb:.1f}".format(**row)
+        rates = [
+            "{median:.0f} ({min:.0f}-{max:.0f})".format(**row[k]) for k in ("prefill", "decode")
+        ]
         sys.stdout.write(
-            f"| {name} | {built} | {row['logit_difference']:.1e} | {row['greedy']} "
-            f"| {rates[0]} | {rates[1]} |\n"
+            f"| {name} | {row['logit_difference']:.1e} | {row['greedy']} | {rates[0]} | {rates[1]} "
+            f"| {row['roofline_multiple']:.1f} |\n"
         )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from torch.nn.modules.module import register_module_forward_hook
@@ -124,6 +125,25 @@ def test_graphs_without_a_shared_buffer_run_too(exported: Path, tmp_path: Path) 
     assert greedy(runtime, [*PROMPT[:4], 8]) == greedy(
         find(exported, "torch").open("cpu"), [*PROMPT[:4], 8]
     )
+
+
+def test_sizes_that_a_graph_leaves_open_are_those_genai_is_told(
+    exported: Path, tmp_path: Path
+) -> None:
+    for path in (exported / "onnx").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    model = ir.load(tmp_path / "model.onnx")
+    for value in model.graph.inputs[2:]:
+        assert value.shape is not None
+        value.shape = ir.Shape(["batch", "heads", "past", "channels"])
+    ir.save(model, tmp_path / "model.onnx")
+    expected = greedy(find(exported, "onnxruntime").open("cpu"), PROMPT)
+    runtime = find(tmp_path, "onnxruntime").open("cpu")
+    assert greedy(runtime, PROMPT) == expected
+    assert runtime.cache_bytes == 2 * 4 * 2 * 16 * 4 * len(runtime.tokens)
+    (tmp_path / "genai_config.json").unlink()
+    with pytest.raises(InferenceError, match="tells its heads"):
+        find(tmp_path, "onnxruntime").open("cpu")
 
 
 def test_a_sliding_window_that_moved_on_is_computed_anew(tmp_path: Path) -> None:

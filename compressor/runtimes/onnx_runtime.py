@@ -36,7 +36,7 @@ class OnnxRuntime(Runtime):
     @property
     def cache_bytes(self) -> int:
         """Bytes of keys and values that a step reads."""
-        token = sum(i.shape[1] * i.shape[3] for i in self._session.past)
+        token = sum(heads * channels for heads, channels in self._session.past.values())
         return token * self._session.dtype().itemsize * len(self.tokens)
 
     def _forward(self, tokens: list[int]) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import logging
 import math
 from pathlib import Path
@@ -31,7 +32,7 @@ class Session:
     Attributes:
         inference: onnxruntime's own session.
         providers: what onnxruntime really uses; it falls back without an error.
-        past: the cache inputs; `dtype` is that of the arrays which hold them.
+        past: (heads, channels) of every cache input; `dtype` is that of the arrays which hold it.
         inputs: names of all inputs.
         appends: whether the cache keeps padding too, so that the mask may have holes.
     """
@@ -67,19 +68,21 @@ class Session:
             log.warning("onnxruntime fell back to %s; see: compress doctor", self.providers[0])
         self.appends = APPENDING in self.inference.get_modelmeta().custom_metadata_map
         self.inputs = {i.name for i in self.inference.get_inputs()}
-        self.past = [i for i in self.inference.get_inputs() if i.name.startswith("past_key_values")]
+        past = [i for i in self.inference.get_inputs() if i.name.startswith("past_key_values")]
         self._outputs = [o.name for o in self.inference.get_outputs()]
-        if not {"input_ids", "attention_mask"} <= self.inputs or not self.past:
+        if not {"input_ids", "attention_mask"} <= self.inputs or not past:
             raise InferenceError(
                 f"{folder / model}: not a decoder with a KV cache (inputs input_ids, "
                 f"attention_mask, past_key_values.*); it has {', '.join(sorted(self.inputs)[:6])}"
             )
-        self.dtype: Any = _HELD.get(self.past[0].type, np.float32)
+        self.dtype: Any = _HELD.get(past[0].type, np.float32)
+        self.past = {i.name: _sizes(folder, i.shape) for i in past}
 
     def empty_cache(self, batch: int = 1, length: int = 0) -> Cache:
         """A KV cache without entries, with room for `length` of them."""
         return {
-            i.name: np.zeros((batch, i.shape[1], length, i.shape[3]), self.dtype) for i in self.past
+            name: np.zeros((batch, heads, length, channels), self.dtype)
+            for name, (heads, channels) in self.past.items()
         }
 
     def run(
@@ -124,6 +127,23 @@ class Session:
             tokens.append(int(logits[0, -1].argmax()))
             ids = np.array([[tokens[-1]]], np.int64)
         return tokens
+
+
+def _sizes(folder: Path, shape: list[int | str | None]) -> tuple[int, int]:
+    """Heads and channels of a cache input, those that its graph leaves open as GenAI is told."""
+    path = folder / "genai_config.json"
+    told = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    decoder = told.get("model", {}).get("decoder", {})
+    heads, channels = (
+        own if isinstance(own, int) else decoder.get(name)
+        for own, name in ((shape[1], "num_key_value_heads"), (shape[3], "head_size"))
+    )
+    if heads is None or channels is None:
+        raise InferenceError(
+            f"{folder}: the graph's cache is {shape}, and no genai_config.json tells its heads and "
+            "their channels; export it with fixed sizes"
+        )
+    return heads, channels
 
 
 def _value(array: np.ndarray) -> Any:
