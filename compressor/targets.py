@@ -6,7 +6,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from safetensors import safe_open
@@ -94,7 +94,6 @@ class Teacher:
         """Open what `compressor.teacher.cache` wrote into `folder`."""
         self.folder = folder
         self.record: TeacherRecord = TeacherRecord.load(folder / RECORD)
-        self._open: dict[int, Any] = {}
 
     def targets(self, rows: list[int], device: torch.device | str = "cpu") -> Targets:
         """What the parent says of the windows at `rows` of its text."""
@@ -106,15 +105,14 @@ class Teacher:
         )
 
     def _read(self, name: str, rows: list[int]) -> Tensor:
-        size = self.record.per_shard
-        return torch.stack([self._shard(row).get_slice(name)[row % size] for row in rows])
+        return torch.stack([self._window(name, row) for row in rows])
 
-    def _shard(self, row: int) -> Any:
-        start = row - row % self.record.per_shard
-        if start not in self._open:
-            path = self.folder / self.record.shard(start)
-            self._open[start] = safe_open(path, framework="pt")
-        return self._open[start]
+    def _window(self, name: str, row: int) -> Tensor:
+        """A view that keeps its file mapped: no longer, or all that was ever read is resident."""
+        place = row % self.record.per_shard
+        with safe_open(self.folder / self.record.shard(row - place), framework="pt") as file:
+            window: Tensor = file.get_slice(name)[place]
+        return window
 
 
 def normalised(x: Tensor) -> Tensor:

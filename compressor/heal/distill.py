@@ -15,7 +15,7 @@ from compressor.blocks import Blocks
 from compressor.decoder import skeleton
 from compressor.errors import HealingError
 from compressor.heal import DistillParams, LastBlocksParams, TrainingParams
-from compressor.heal.distillation import distribution_loss, hidden_loss
+from compressor.heal.distillation import distribution_bytes, distribution_loss, hidden_loss
 from compressor.heal.healer import Batch, Healer, Healing
 from compressor.heal.last_blocks import thawed
 from compressor.heal.lora import adapter
@@ -56,7 +56,12 @@ def student(healing: Healing) -> Healer:
     if params.filters == "linear":
         filters.update({str(block): _identity(teacher.record.width) for block in matched})
     loss = Distillation(teacher, params, matched, filters)
-    return dataclasses.replace(healer, loss=loss, beside=filters.to(healing.device))
+    return dataclasses.replace(
+        healer,
+        loss=loss,
+        loss_bytes=loss.bytes(params.micro_batch_size),
+        beside=filters.to(healing.device),
+    )
 
 
 def _trained(healing: Healing, params: DistillParams) -> Healer:
@@ -104,6 +109,18 @@ class Distillation:
         gap = hidden_loss(states, targets, self._filters)
         alpha = params.hidden_weight or loss.detach() / gap.detach().clamp(min=_TINY)
         return loss + alpha * gap
+
+    def bytes(self, windows: int) -> int:
+        """Memory at its peak for a micro batch: targets, logits, gradients and temporaries.
+
+        The targets as they are in their files and as a batch, then `distribution_bytes`, and of
+        each matched block five streams (T, D) in float32: the student's and its parent's, the
+        filtered one, and two gradients.
+        """
+        record = self._teacher.record
+        hidden = 5 * 4 * record.width * len(record.hidden) * record.length
+        logits = distribution_bytes(windows * record.length, record.vocab_size)
+        return windows * (2 * record.window_bytes + hidden) + logits
 
 
 def recognise(student: list[dict[str, str]], parent: list[dict[str, str]]) -> list[int]:
