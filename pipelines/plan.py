@@ -126,12 +126,11 @@ class _Planner:
         self.latest: dict[str, Stage] = {}
 
     def add_model(self) -> None:
-        model = self._import("model", self.head.model)
-        self.latest = {"checkpoint": model, "original": model}
-        if self.head.parent:
-            self.latest["unpruned"] = self._import("parent", self.head.parent)
-        if self.head.reference:
-            self.latest["original"] = self._import("reference", self.head.reference)
+        made = {key: self._import(key, source) for key, source in self.head.models.items()}
+        model = made["model"]
+        self.latest = {"checkpoint": model, "original": made.get("reference", model)}
+        if "parent" in made:
+            self.latest["unpruned"] = made["parent"]
 
     def add_text(self, role: str) -> None:
         source = text_source(self.config, role)
