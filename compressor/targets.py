@@ -16,9 +16,9 @@ from torch.nn.functional import rms_norm
 from compressor.blocks import Blocks
 from compressor.checkpoint import Checkpoint
 from compressor.decoder import skeleton
-from compressor.dense import DenseReader
 from compressor.errors import CheckpointError
 from compressor.families import native_config
+from compressor.lineage import Sketch
 from compressor.model import load_tokenizer
 from compressor.records import Record
 
@@ -32,7 +32,7 @@ class TeacherRecord(Record):
     Attributes:
         num_blocks, vocab_size, width: L, V and D of the parent.
         tokenizer: sha256 of its vocabulary; None for a parent without one.
-        fingerprints: per block of the parent, as `fingerprints` makes them.
+        blocks: the parent's, as `sketch` has them, to know them again.
         windows, length: N and T of the text.
         text: sha256 of its tokens.
         per_shard: windows in a file.
@@ -45,7 +45,7 @@ class TeacherRecord(Record):
     vocab_size: int
     width: int
     tokenizer: str | None
-    fingerprints: list[dict[str, str]]
+    blocks: Sketch
     windows: int
     length: int
     text: str
@@ -163,23 +163,3 @@ def check_student(record: TeacherRecord, student: Path) -> None:
         fault = f"it has {depth} blocks, its parent only {record.num_blocks}"
     if fault:
         raise CheckpointError(f"{student}: {fault}; give the parent that it was cut from")
-
-
-def fingerprints(folder: Path) -> list[dict[str, str]]:
-    """Per block, a digest of each of its vectors (norms, biases), whatever dtype they are in.
-
-    Pruning and adapters leave these alone, so a block is known again by them.
-    """
-    reader, blocks = DenseReader(folder), Blocks(skeleton(folder))
-    return [
-        {
-            name: _digest(reader.read(f"{blocks.prefix}.{index}.{name}"))
-            for name, parameter in block.named_parameters()
-            if parameter.ndim == 1
-        }
-        for index, block in enumerate(blocks)
-    ]
-
-
-def _digest(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.float().contiguous().numpy().tobytes()).hexdigest()[:16]

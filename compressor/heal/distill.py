@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,8 @@ from compressor.heal.last_blocks import thawed
 from compressor.heal.lora import adapter
 from compressor.heal.train import train
 from compressor.inputs import outputs_of
-from compressor.targets import Teacher, TeacherRecord, check_student, fingerprints, text_digest
+from compressor.lineage import recognise, sketch
+from compressor.targets import Teacher, TeacherRecord, check_student, text_digest
 
 _TINY = 1e-12
 
@@ -123,26 +123,6 @@ class Distillation:
         return windows * (2 * record.window_bytes + hidden) + logits
 
 
-def recognise(student: list[dict[str, str]], parent: list[dict[str, str]]) -> list[int]:
-    """The parent's index of each of the student's blocks, by their `fingerprints`.
-
-    A block may lack vectors (a sublayer was removed) but not have others. Raises `HealingError`
-    where a block is none or several of the parent's, or they stand in another order.
-    """
-    found = []
-    for block, vectors in enumerate(student):
-        same = [j for j, known in enumerate(parent) if vectors and vectors.items() <= known.items()]
-        if len(same) != 1:
-            raise HealingError(
-                f"block {block} of the student has the norms of {len(same) or 'none'} of the "
-                "parent's blocks; give the parent's index of every block as heal.kept"
-            )
-        found += same
-    if any(a >= b for a, b in pairwise(found)):
-        raise HealingError(f"the student's blocks are the parent's {found}, not in its order")
-    return found
-
-
 def _places(source: Path, record: TeacherRecord, kept: tuple[int, ...] | None) -> dict[int, int]:
     """Where in the student each of the parent's blocks to match is."""
     if not record.hidden:
@@ -152,10 +132,10 @@ def _places(source: Path, record: TeacherRecord, kept: tuple[int, ...] | None) -
         raise HealingError(
             f"{source}: {width} channels, its parent {record.width}; match no heal.hidden states"
         )
-    own = fingerprints(source)
-    known = list(kept) if kept is not None else recognise(own, record.fingerprints)
-    if len(known) != len(own):
-        raise HealingError(f"heal.kept lists {len(known)} blocks, but {source} has {len(own)}")
+    depth = len(Blocks(skeleton(source)))
+    known = list(kept) if kept is not None else recognise(sketch(source), record.blocks)
+    if len(known) != depth:
+        raise HealingError(f"heal.kept lists {len(known)} blocks, but {source} has {depth}")
     missing = sorted({*record.hidden} - {*known})
     if missing:
         raise HealingError(

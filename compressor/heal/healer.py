@@ -39,6 +39,7 @@ class Healing:
         seed: of data order, dropout and schedules.
         device: `cpu` or `cuda`.
         teacher: the folder of a parent's outputs over `tokens`, for methods that need one.
+        parent: the checkpoint that `source` was cut from, for what looks for the cut.
     """
 
     source: Path
@@ -49,6 +50,7 @@ class Healing:
     seed: int
     device: str
     teacher: Path | None = None
+    parent: Path | None = None
 
     @property
     def dtype(self) -> torch.dtype:
