@@ -40,6 +40,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("lora", ADAPTER),
     "lisa": ("lisa", {"learning_rate": 3e-4, "blocks": 2, "every": 5}),
     "distill": ("distill", ADAPTER),
+    "distill-top-k": ("distill", ADAPTER | {"top_k": 64}),
     "last_blocks": ("last_blocks", {"learning_rate": 3e-4, "blocks": 3}),
 }
 """Row: method and its parameters beside `SHARED` and the seconds."""
@@ -68,9 +69,10 @@ def perplexity(folder: Path, tokens: Tensor) -> float:
     return math.exp(sum(losses) / len(losses))
 
 
-def taught(model: Path, folder: Path, tokens: Tensor) -> float:
+def taught(model: Path, folder: Path, tokens: Tensor, given: dict[str, Any]) -> float:
     """Store what the model before pruning says, and return the seconds that it took."""
-    began, params = time.monotonic(), TEACHER.params()
+    own = {name: value for name, value in given.items() if name in TEACHER.params.model_fields}
+    began, params = time.monotonic(), TEACHER.params(**own)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     TEACHER.load()(model, folder, folder.with_name("teacher-work"), tokens, **dict(params))
@@ -88,7 +90,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
         training, teacher, left = text["training"], None, args.seconds
         if "teacher" in row.needs:
             training, teacher = training[:TAUGHT], folder / "teacher"
-            left -= taught(args.model, teacher, training)
+            left -= taught(args.model, teacher, training, given)
         params = row.params(**SHARED | given, max_seconds=max(1.0, left))
         assert isinstance(params, TrainingParams)
         shutil.rmtree(healed, ignore_errors=True)
@@ -118,7 +120,7 @@ def draw(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     figure, axes = pyplot.subplots(figsize=(6.4, 4))
     for row in rows:
         log = args.out / row["row"] / "healed/metrics.jsonl"
-        if not log.exists() or row["row"] == "distill":  # its loss is in other units
+        if not log.exists() or row["row"].startswith("distill"):  # losses in other units
             continue
         points = [each for each in map(json.loads, log.open()) if "held_out_loss" in each]
         pace = args.seconds / max(1, points[-1]["step"])

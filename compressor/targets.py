@@ -6,7 +6,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from safetensors import safe_open
@@ -16,9 +16,9 @@ from torch.nn.functional import rms_norm
 from compressor.blocks import Blocks
 from compressor.checkpoint import Checkpoint
 from compressor.decoder import skeleton
-from compressor.dense import DenseReader
 from compressor.errors import CheckpointError
 from compressor.families import native_config
+from compressor.lineage import Sketch
 from compressor.model import load_tokenizer
 from compressor.records import Record
 
@@ -32,7 +32,7 @@ class TeacherRecord(Record):
     Attributes:
         num_blocks, vocab_size, width: L, V and D of the parent.
         tokenizer: sha256 of its vocabulary; None for a parent without one.
-        fingerprints: per block of the parent, as `fingerprints` makes them.
+        blocks: the parent's, as `sketch` has them, to know them again.
         windows, length: N and T of the text.
         text: sha256 of its tokens.
         per_shard: windows in a file.
@@ -45,7 +45,7 @@ class TeacherRecord(Record):
     vocab_size: int
     width: int
     tokenizer: str | None
-    fingerprints: list[dict[str, str]]
+    blocks: Sketch
     windows: int
     length: int
     text: str
@@ -94,7 +94,6 @@ class Teacher:
         """Open what `compressor.teacher.cache` wrote into `folder`."""
         self.folder = folder
         self.record: TeacherRecord = TeacherRecord.load(folder / RECORD)
-        self._open: dict[int, Any] = {}
 
     def targets(self, rows: list[int], device: torch.device | str = "cpu") -> Targets:
         """What the parent says of the windows at `rows` of its text."""
@@ -106,15 +105,14 @@ class Teacher:
         )
 
     def _read(self, name: str, rows: list[int]) -> Tensor:
-        size = self.record.per_shard
-        return torch.stack([self._shard(row).get_slice(name)[row % size] for row in rows])
+        return torch.stack([self._window(name, row) for row in rows])
 
-    def _shard(self, row: int) -> Any:
-        start = row - row % self.record.per_shard
-        if start not in self._open:
-            path = self.folder / self.record.shard(start)
-            self._open[start] = safe_open(path, framework="pt")
-        return self._open[start]
+    def _window(self, name: str, row: int) -> Tensor:
+        """A view that keeps its file mapped: no longer, or all that was ever read is resident."""
+        place = row % self.record.per_shard
+        with safe_open(self.folder / self.record.shard(row - place), framework="pt") as file:
+            window: Tensor = file.get_slice(name)[place]
+        return window
 
 
 def normalised(x: Tensor) -> Tensor:
@@ -165,23 +163,3 @@ def check_student(record: TeacherRecord, student: Path) -> None:
         fault = f"it has {depth} blocks, its parent only {record.num_blocks}"
     if fault:
         raise CheckpointError(f"{student}: {fault}; give the parent that it was cut from")
-
-
-def fingerprints(folder: Path) -> list[dict[str, str]]:
-    """Per block, a digest of each of its vectors (norms, biases), whatever dtype they are in.
-
-    Pruning and adapters leave these alone, so a block is known again by them.
-    """
-    reader, blocks = DenseReader(folder), Blocks(skeleton(folder))
-    return [
-        {
-            name: _digest(reader.read(f"{blocks.prefix}.{index}.{name}"))
-            for name, parameter in block.named_parameters()
-            if parameter.ndim == 1
-        }
-        for index, block in enumerate(blocks)
-    ]
-
-
-def _digest(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.float().contiguous().numpy().tobytes()).hexdigest()[:16]

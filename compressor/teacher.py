@@ -17,13 +17,13 @@ from torch import Tensor
 
 from compressor.decoder import Decoder
 from compressor.errors import ArtifactError, CompressError, SelectionError
+from compressor.lineage import sketch
 from compressor.targets import (
     RECORD,
     Dtype,
     TeacherRecord,
     buckets,
     check_student,
-    fingerprints,
     normalised,
     text_digest,
     vocabulary_digest,
@@ -100,7 +100,7 @@ def _record(
         vocab_size=decoder.logits(x).shape[-1],
         width=x.shape[-1],
         tokenizer=vocabulary_digest(folder),
-        fingerprints=fingerprints(folder),
+        blocks=sketch(folder),
         windows=len(tokens),
         length=tokens.shape[1],
         text=text_digest(tokens),

@@ -49,6 +49,12 @@ class Head(Source):
     text: TextConfig = TextConfig()
     evaluate: EvaluateParams = EvaluateParams()
 
+    @property
+    def models(self) -> dict[str, ModelSource]:
+        """Every model that is imported, by its key."""
+        given = {"model": self.model, "parent": self.parent, "reference": self.reference}
+        return {key: source for key, source in given.items() if source}
+
 
 @dataclass(frozen=True)
 class StageConfig:

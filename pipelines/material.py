@@ -17,12 +17,8 @@ WINDOWS, TEXT = "windows.safetensors", "text.json"
 
 
 def model(job: Job) -> dict[str, Any]:
-    """Import the source as a Hugging Face folder."""
-    head = job.config.head
-    sources = {"model": head.model, "parent": head.parent, "reference": head.reference}
-    source = sources[job.stage.label]
-    assert source is not None
-    return materialise(source, job.out)
+    """Import a source as a Hugging Face folder."""
+    return materialise(job.config.head.models[job.stage.label], job.out)
 
 
 def text(job: Job) -> dict[str, Any]:

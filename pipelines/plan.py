@@ -31,6 +31,7 @@ _REMEDIES = {
     "scores": "put a score stage before it",
     "selection": "put a select stage before it",
     "parent": "put a prune stage before it",
+    "unpruned": "put a prune stage before it, or give --parent",
     "teacher": "put a prune stage and text.healing before it, or give --parent and --text",
 }
 
@@ -82,7 +83,9 @@ def plan(config: RunConfig, fingerprints: Mapping[str, str]) -> list[Stage]:
     planner.add_first_evaluations()
     for stage in config.stages:
         planner.add_stage(stage)
-    if config.head.parent and all(stage.verb != "teacher" for stage in planner.done):
+    readers = (stage for stage in planner.done if stage.verb != "text")
+    read = {source.label for stage in readers for source in stage.inputs.values()}
+    if config.head.parent and "parent" not in read:
         raise ConfigError("parent: no stage reads it; `heal: {method: distill}` would")
     return planner.done
 
@@ -127,12 +130,11 @@ class _Planner:
         self.latest: dict[str, Stage] = {}
 
     def add_model(self) -> None:
-        model = self._import("model", self.head.model)
-        self.latest = {"checkpoint": model, "original": model}
-        if self.head.parent:
-            self.latest["unpruned"] = self._import("parent", self.head.parent)
-        if self.head.reference:
-            self.latest["original"] = self._import("reference", self.head.reference)
+        made = {key: self._import(key, source) for key, source in self.head.models.items()}
+        model = made["model"]
+        self.latest = {"checkpoint": model, "original": made.get("reference", model)}
+        if "parent" in made:
+            self.latest["unpruned"] = made["parent"]
 
     def add_text(self, role: str) -> None:
         source = text_source(self.config, role)
@@ -255,8 +257,8 @@ class _Planner:
 
     def _cuts(self, taught: set[str]) -> dict[str, Stage]:
         """The selections that lead from a teacher to the checkpoint, in order."""
-        prunes = [stage for stage in self.done if stage.verb == "prune"] if taught else []
-        since = prunes if "original" in taught else prunes[-1:]
+        prunes = [stage for stage in self.done if stage.verb == "prune"]
+        since = prunes if "original" in taught else prunes[-1:] if "parent" in taught else []
         cuts = [stage.inputs["selection"] for stage in since if "selection" in stage.inputs]
         return {f"cut {number}": cut for number, cut in enumerate(cuts, 1)}
 

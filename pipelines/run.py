@@ -75,12 +75,8 @@ def make_plan(config: RunConfig) -> list[Stage]:
 
 
 def pin(config: RunConfig) -> dict[str, str]:
-    """What pins the model and each text role by content."""
-    pins = {"model": fingerprint_model(config.head.model)}
-    if config.head.parent:
-        pins["parent"] = fingerprint_model(config.head.parent)
-    if config.head.reference:
-        pins["reference"] = fingerprint_model(config.head.reference)
+    """What pins each model and text role by content."""
+    pins = {key: fingerprint_model(source) for key, source in config.head.models.items()}
     for role in ROLES:
         source = text_source(config, role)
         if source:

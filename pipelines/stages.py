@@ -113,6 +113,7 @@ def heal(job: Job) -> dict[str, Any]:
         seed=job.config.head.seed,
         device=job.device,
         teacher=job.inputs.get("teacher"),
+        parent=job.inputs.get("unpruned"),
     )
     result: dict[str, Any] = _method(job)(healing)
     return result

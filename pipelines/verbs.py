@@ -172,7 +172,7 @@ def prune(selection: Path | None = None, **params: Any) -> dict[str, Any]:
 
 
 @alone("heal", "healing")
-@click.option("--parent", help="The model that MODEL was cut from, for --method distill.")
+@click.option("--parent", help="The model that MODEL was cut from, for distill and --around-cut.")
 def heal(parent: str | None = None, **params: Any) -> dict[str, Any]:
     """Train MODEL on TEXT to recover what it lost; keeps the best, resumes after a crash.
 

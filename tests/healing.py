@@ -36,7 +36,8 @@ def run(
 
 
 def task(folder: Path, params: TrainingParams = PARAMS, name: str = "out") -> Healing:
-    """Healing of tmp/source into tmp/<name>, not begun."""
+    """Healing of tmp/source, cut from tmp/parent if that is there, into tmp/<name>, not begun."""
+    parent = folder / "parent"
     return Healing(
         source=folder / "source",
         out=folder / name,
@@ -46,6 +47,7 @@ def task(folder: Path, params: TrainingParams = PARAMS, name: str = "out") -> He
         seed=0,
         device="cpu",
         teacher=folder / "teacher",
+        parent=parent if parent.exists() else None,
     )
 
 

@@ -38,7 +38,7 @@ LAYERS = (
     {"fetch", "artifact", "records", "checkpoint", "moments", "layouts"},
     {"blocks", "dense"},
     {"decoder"},
-    {"walk", "model", "text", "sublayers", "magnitude", "ratings"},
+    {"walk", "model", "text", "sublayers", "magnitude", "ratings", "lineage"},
     {"cut", "inputs", "targets"},
     {"trial", "backward", "teacher", "runtimes"},
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,8 @@ from compressor.heal import LastBlocksParams, LisaParams, TrainingParams
 from compressor.heal.last_blocks import around, behind, removed, thawed
 from compressor.heal.lisa import Schedule, active
 from compressor.heal.write import replace, rewrite
+from compressor.prune.blocks import prune
+from compressor.records import Selection
 from tests.healing import WINDOWS, run, task
 from tests.tiny import FAMILIES, save_tiny, tiny
 
@@ -174,18 +175,19 @@ def test_blocks_around_the_cut(
     assert around(gone, blocks, reach) == expected
 
 
-def test_where_the_cut_was_is_read_from_the_manifest(tmp_path: Path) -> None:
-    save_tiny(tmp_path / "source", "llama")
+def test_the_cut_is_found_beside_the_parent(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "parent", "llama", num_hidden_layers=6)
+    gone = Selection(num_blocks=6, drop_blocks=[2, 3])
+    prune(tmp_path / "parent", gone, tmp_path / "source")
     params = LAST.model_copy(update={"around_cut": True, "blocks": 1, "head": False})
-    with pytest.raises(NotApplicable, match=r"no manifest\.json names blocks that were removed"):
-        run(tmp_path, params)
-    (tmp_path / "out").rmdir()
-    manifest = {"metrics": {"drop_blocks": [2, 3]}}
-    (tmp_path / "source/manifest.json").write_text(json.dumps(manifest))
-    assert removed(tmp_path / "source") == [2, 3]
     _, out = run(tmp_path, params)
     moved = changed(tmp_path / "source", out)
     assert {int(n.split(".")[2]) for n in moved} == {1, 2}
+    assert removed(out, tmp_path / "parent") == [2, 3]
+    with pytest.raises(NotApplicable, match=r"has every block of .*leave heal\.around_cut out"):
+        removed(tmp_path / "parent", tmp_path / "parent")
+    with pytest.raises(NotApplicable, match=r"is not given; put a prune stage .* --parent"):
+        removed(tmp_path / "source", None)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

@@ -17,14 +17,13 @@ from compressor.errors import (
     HealingError,
 )
 from compressor.heal import DistillParams
-from compressor.heal.distill import recognise, student
+from compressor.heal.distill import student
 from compressor.heal.distillation import (
     divergence,
 )
 from compressor.prune.blocks import prune
 from compressor.prune.driver import prune as remove
 from compressor.records import Selection
-from compressor.targets import fingerprints
 from tests.healing import WINDOWS, digest, interrupted, run, task
 from tests.test_teacher import cached
 from tests.tiny import save_tiny
@@ -163,28 +162,6 @@ def test_outputs_over_another_text_are_refused(tmp_path: Path) -> None:
 
 
 # Which block is which
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "olmo2"])
-def test_blocks_are_recognised_by_their_norms(family: str, tmp_path: Path) -> None:
-    pruned(tmp_path, family, drop=(0, 2))
-    half = AutoModelForCausalLM.from_pretrained(tmp_path / "source").half()
-    half.save_pretrained(tmp_path / "half")
-    parent = fingerprints(tmp_path / "parent")
-    assert recognise(fingerprints(tmp_path / "source"), parent) == [1, 3]
-    with pytest.raises(HealingError, match="block 0 of the student has the norms of none"):
-        recognise(fingerprints(tmp_path / "half"), parent)
-
-
-def test_blocks_that_look_alike_must_be_told() -> None:
-    a, b, c = ({"norm": name} for name in "abc")
-    with pytest.raises(HealingError, match=r"block 0 .* of 2 of the parent's .* heal\.kept"):
-        recognise([a], [a, a, b])
-    with pytest.raises(HealingError, match=r"are the parent's \[1, 0\], not in its order"):
-        recognise([b, a], [a, b, c])
-    with pytest.raises(HealingError, match="block 0"):
-        recognise([{}], [a])
-    assert recognise([a, c], [a, b, c | {"other": "d"}]) == [0, 2]
 
 
 def test_blocks_are_matched_by_their_original_index(tmp_path: Path) -> None:

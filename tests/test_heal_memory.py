@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,13 +14,23 @@ import pytest
 import torch
 
 from compressor.errors import HealingError
-from compressor.heal import LastBlocksParams, LisaParams, LoraParams, TrainingParams, memory
+from compressor.heal import (
+    TEACHER,
+    DistillParams,
+    LastBlocksParams,
+    LisaParams,
+    LoraParams,
+    TrainingParams,
+    memory,
+)
+from compressor.heal.distill import student
 from compressor.heal.healer import Healer
 from compressor.heal.last_blocks import thawed
 from compressor.heal.lisa import sampled
 from compressor.heal.lora import adapter
 from compressor.heal.trainer import HealingTrainer
 from tests.healing import PARAMS, run, task
+from tests.test_teacher import cached
 from tests.tiny import save_tiny, tiny, tokens
 
 ROOT = Path(__file__).parents[1]
@@ -28,7 +39,7 @@ import sys
 from pathlib import Path
 from compressor.heal import METHODS
 from compressor.heal.healer import Healing
-from pipelines.run import peak, reset_peak
+from compressor.memory import peak, reset_peak
 from tests.tiny import tokens
 import json
 method, settings = sys.argv[1], json.loads(sys.argv[2])
@@ -36,29 +47,39 @@ row = METHODS[method]
 train = row.load()
 reset_peak()
 report = train(Healing(Path("source"), Path("out"), Path("work"), tokens(8, 256),
-    row.params(**settings), 0, "cpu"))
+    row.params(**settings), 0, "cpu", Path("teacher")))
 print(json.dumps([peak(), report["forecast"]]))
 """
 
 
 @pytest.mark.parametrize(
-    ("method", "checkpointing"),
+    ("method", "own"),
     [
-        ("lora", False),
-        pytest.param("lora", True, marks=pytest.mark.slow),
-        pytest.param("lisa", False, marks=pytest.mark.slow),
+        ("lora", {}),
+        pytest.param("lora", {"checkpointing": True}, marks=pytest.mark.slow),
+        pytest.param("lisa", {}, marks=pytest.mark.slow),
+        pytest.param(
+            "distill",
+            {"hidden": [1, 6], "filters": "linear", "teacher_dtype": "float32"},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("distill", {"top_k": 64}, marks=pytest.mark.slow),
     ],
 )
 def test_the_peak_stays_under_the_forecast(
-    method: str, checkpointing: bool, tmp_path: Path
+    method: str, own: dict[str, Any], tmp_path: Path
 ) -> None:
     """12 M weights, windows of 256 tokens, four at a time, in a process of its own."""
     size = {"hidden_size": 256, "intermediate_size": 1024, "vocab_size": 4096}
     save_tiny(tmp_path / "source", "llama", **size, num_hidden_layers=8)
-    settings = {"steps": 2, "batch_size": 4, "micro_batch_size": 4, "validation": 0}
+    settings = {"steps": 2, "batch_size": 4, "micro_batch_size": 4, "validation": 0, **own}
+    if method == "distill":
+        asked = {name: own.get(name, default) for name, default in TEACHER.params()}
+        (tmp_path / "teacher").mkdir()
+        folders = (tmp_path / name for name in ("source", "teacher", "teacher-work"))
+        TEACHER.load()(*folders, tokens(8, 256), **asked)
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE, method,
-         json.dumps({**settings, "checkpointing": checkpointing})],
+        [sys.executable, "-c", MEASURE, method, json.dumps(settings)],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, check=False,
@@ -89,6 +110,25 @@ def test_gradients_and_moments_are_those_of_what_trains(tmp_path: Path) -> None:
         found = memory.forecast(healing, method(healing))  # type: ignore[operator]
         assert found["gradients"] == 4 * count
         assert found["optimizer"] == 8 * count
+
+
+def test_what_is_read_of_a_parent_counts(tmp_path: Path) -> None:
+    """Targets twice, as read and as a batch; filters train with the adapters."""
+    for name in ("source", "parent"):
+        save_tiny(tmp_path / name, "llama")
+    found = {}
+    for dtype, hidden in (("float16", ()), ("float32", ()), ("float32", (0, 3))):
+        shutil.rmtree(tmp_path / "teacher", ignore_errors=True)
+        shutil.rmtree(tmp_path / "teacher-work", ignore_errors=True)
+        cached(tmp_path, teacher_dtype=dtype, hidden=hidden)
+        own = {"teacher_dtype": dtype, "hidden": hidden, "filters": "linear"}
+        healing = task(tmp_path, DistillParams(rank=4, micro_batch_size=2, **own))
+        found[dtype, hidden] = memory.forecast(healing, student(healing))
+    half, exact, more = (each["activations"] for each in found.values())
+    assert exact - half == 2 * 2 * (2 * 16 * 96 * 2)  # scattered, windows, floats, bytes
+    assert more - exact == 2 * 2 * (2 + 5) * (2 * 16 * 32 * 4)
+    last, first = found["float32", (0, 3)], found["float32", ()]
+    assert last["gradients"] - first["gradients"] == 4 * 2 * 32 * 32
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

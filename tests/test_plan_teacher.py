@@ -80,6 +80,18 @@ def test_a_parent_of_ones_own() -> None:
     assert one(repruned, "teacher").key == one(found, "teacher").key
 
 
+def test_the_cut_is_looked_for_beside_the_model_before_it() -> None:
+    around = {"method": "last_blocks", "around_cut": True}
+    inputs = one(found := stages(around), "heal").inputs
+    assert sorted(inputs) == ["checkpoint", "healing", "unpruned"]
+    assert inputs["unpruned"] is one(found, "model")
+    found = stages(around, first=[], parent={"path": "original"})
+    assert one(found, "heal").inputs["unpruned"] is one(found, "parent")
+    with pytest.raises(ConfigError, match=r"'heal' needs unpruned, .* or give --parent"):
+        stages(around, first=[])
+    assert "unpruned" not in one(stages({"method": "last_blocks"}), "heal").inputs
+
+
 def test_what_is_missing_or_idle_is_told() -> None:
     with pytest.raises(ConfigError, match=r"'heal' needs teacher, .*a prune stage .*--parent"):
         stages(distill(), first=[])

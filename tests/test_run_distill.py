@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from compressor import teacher
 from compressor.errors import CheckpointError
+from compressor.prune.blocks import prune
+from compressor.records import Selection
 from pipelines.cli import cli
 from tests.command_line import CODE, hashes, kill
 from tests.tiny import save_project, save_tiny, save_tokenizer, tiny
@@ -91,6 +95,19 @@ def test_a_parent_by_hand_and_its_outputs_again(
         assert built(capsys, *args) == ["model", *stages, "heal"]
         model.lm_head.weight.data *= 1.1
     assert made(project, "teacher", "hand").is_dir()
+
+
+def test_the_cut_of_an_imported_folder_is_found(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prune(project / "model", Selection(num_blocks=4, drop_blocks=[1]), project / "cut")
+    options = "--method last_blocks --around-cut true --blocks 1 --head false --validation 0"
+    text = "--text corpus.jsonl --field text --windows 2 --length 16"
+    steps = "--steps 1 --warmup-steps 0 --batch-size 1 --parent model --store cuts -o mended"
+    built(capsys, "heal", "cut", *options.split(), *text.split(), *steps.split())
+    before, after = (load_file(project / name / "model.safetensors") for name in ("cut", "mended"))
+    moved = {name for name, weight in before.items() if not torch.equal(weight, after[name])}
+    assert {name.split(".")[2] for name in moved} == {"0", "1"}
 
 
 def test_a_stranger_is_refused_on_one_line(project: Path) -> None:

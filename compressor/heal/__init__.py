@@ -92,6 +92,11 @@ class LastBlocksParams(TrainingParams):
     around_cut: bool = Field(False, description="on either side of what was removed")
     head: bool = Field(True, description="the final norm and the head train too")
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The model before pruning, where the cut is looked for."""
+        return ("unpruned",) if self.around_cut else ()
+
 
 class TeacherParams(Params):
     """What is kept of the parent's outputs; nothing else but parent and text decides the files."""
@@ -187,5 +192,6 @@ TEACHER = Method(
     "arXiv:2408.11796 section 2",
     "1 forward of the parent",
     ("healing",),
+    version=2,
 )
 """How the role `teacher` is made; a stage of its own, so that all students share its files."""

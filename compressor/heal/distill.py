@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,14 @@ from compressor.blocks import Blocks
 from compressor.decoder import skeleton
 from compressor.errors import HealingError
 from compressor.heal import DistillParams, LastBlocksParams, TrainingParams
-from compressor.heal.distillation import distribution_loss, hidden_loss
+from compressor.heal.distillation import distribution_bytes, distribution_loss, hidden_loss
 from compressor.heal.healer import Batch, Healer, Healing
 from compressor.heal.last_blocks import thawed
 from compressor.heal.lora import adapter
 from compressor.heal.train import train
 from compressor.inputs import outputs_of
-from compressor.targets import Teacher, TeacherRecord, check_student, fingerprints, text_digest
+from compressor.lineage import recognise, sketch
+from compressor.targets import Teacher, TeacherRecord, check_student, text_digest
 
 _TINY = 1e-12
 
@@ -56,7 +56,12 @@ def student(healing: Healing) -> Healer:
     if params.filters == "linear":
         filters.update({str(block): _identity(teacher.record.width) for block in matched})
     loss = Distillation(teacher, params, matched, filters)
-    return dataclasses.replace(healer, loss=loss, beside=filters.to(healing.device))
+    return dataclasses.replace(
+        healer,
+        loss=loss,
+        loss_bytes=loss.bytes(params.micro_batch_size),
+        beside=filters.to(healing.device),
+    )
 
 
 def _trained(healing: Healing, params: DistillParams) -> Healer:
@@ -105,25 +110,17 @@ class Distillation:
         alpha = params.hidden_weight or loss.detach() / gap.detach().clamp(min=_TINY)
         return loss + alpha * gap
 
+    def bytes(self, windows: int) -> int:
+        """Memory at its peak for a micro batch: targets, logits, gradients and temporaries.
 
-def recognise(student: list[dict[str, str]], parent: list[dict[str, str]]) -> list[int]:
-    """The parent's index of each of the student's blocks, by their `fingerprints`.
-
-    A block may lack vectors (a sublayer was removed) but not have others. Raises `HealingError`
-    where a block is none or several of the parent's, or they stand in another order.
-    """
-    found = []
-    for block, vectors in enumerate(student):
-        same = [j for j, known in enumerate(parent) if vectors and vectors.items() <= known.items()]
-        if len(same) != 1:
-            raise HealingError(
-                f"block {block} of the student has the norms of {len(same) or 'none'} of the "
-                "parent's blocks; give the parent's index of every block as heal.kept"
-            )
-        found += same
-    if any(a >= b for a, b in pairwise(found)):
-        raise HealingError(f"the student's blocks are the parent's {found}, not in its order")
-    return found
+        The targets as they are in their files and as a batch, then `distribution_bytes`, and of
+        each matched block five streams (T, D) in float32: the student's and its parent's, the
+        filtered one, and two gradients.
+        """
+        record = self._teacher.record
+        hidden = 5 * 4 * record.width * len(record.hidden) * record.length
+        logits = distribution_bytes(windows * record.length, record.vocab_size)
+        return windows * (2 * record.window_bytes + hidden) + logits
 
 
 def _places(source: Path, record: TeacherRecord, kept: tuple[int, ...] | None) -> dict[int, int]:
@@ -135,10 +132,10 @@ def _places(source: Path, record: TeacherRecord, kept: tuple[int, ...] | None) -
         raise HealingError(
             f"{source}: {width} channels, its parent {record.width}; match no heal.hidden states"
         )
-    own = fingerprints(source)
-    known = list(kept) if kept is not None else recognise(own, record.fingerprints)
-    if len(known) != len(own):
-        raise HealingError(f"heal.kept lists {len(known)} blocks, but {source} has {len(own)}")
+    depth = len(Blocks(skeleton(source)))
+    known = list(kept) if kept is not None else recognise(sketch(source), record.blocks)
+    if len(known) != depth:
+        raise HealingError(f"heal.kept lists {len(known)} blocks, but {source} has {depth}")
     missing = sorted({*record.hidden} - {*known})
     if missing:
         raise HealingError(

@@ -13,6 +13,7 @@ from compressor.targets import Targets, buckets, normalised
 
 CHUNK_BYTES = 2**24
 """Size of one of the temporaries that have an element per token and word of the vocabulary."""
+_TEMPORARIES = 8
 
 
 def divergence(student: Tensor, teacher: Tensor, tau: float = 1.0) -> Tensor:
@@ -65,6 +66,12 @@ def distribution_loss(
         return (1 - ce_weight) * apart + ce_weight * entropy
 
     return chunked(logits.flatten(0, 1), part)
+
+
+def distribution_bytes(tokens: int, vocabulary: int) -> int:
+    """Memory of a `distribution_loss` at its peak: logits and gradient, float32, and a chunk's."""
+    logits = 4 * tokens * vocabulary
+    return 2 * logits + _TEMPORARIES * min(CHUNK_BYTES, logits)
 
 
 def chunked(logits: Tensor, part: Callable[[Tensor, slice], Tensor]) -> Tensor:

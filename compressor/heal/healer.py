@@ -39,6 +39,7 @@ class Healing:
         seed: of data order, dropout and schedules.
         device: `cpu` or `cuda`.
         teacher: the folder of a parent's outputs over `tokens`, for methods that need one.
+        parent: the checkpoint that `source` was cut from, for what looks for the cut.
     """
 
     source: Path
@@ -49,6 +50,7 @@ class Healing:
     seed: int
     device: str
     teacher: Path | None = None
+    parent: Path | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -65,6 +67,8 @@ class Healer:
         model: what trains; only parameters that require a gradient do.
         write: writes the checkpoint that these trained weights make into a folder.
         loss: what is minimised; next-token loss unless the method has its own.
+        loss_bytes: what a `loss` of its own takes of memory for a micro batch, at its peak,
+            beside what autograd keeps of the model up to the logits.
         callbacks: of the method, told of every step.
         beside: what trains along for the loss alone and is dropped at the end.
         together: how many weights train at a time, where which ones do changes from step to
@@ -74,6 +78,7 @@ class Healer:
     model: nn.Module
     write: Callable[[Weights, Path], None]
     loss: Loss | None = None
+    loss_bytes: int = 0
     callbacks: tuple[TrainerCallback, ...] = ()
     beside: nn.Module | None = None
     together: int | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,14 @@ from compressor.heal import LastBlocksParams
 from compressor.heal.healer import Healer, Healing
 from compressor.heal.train import train
 from compressor.heal.write import whole
+from compressor.lineage import recognise, sketch
 
 
 def heal(healing: Healing) -> dict[str, Any]:
     """Train the last `blocks` blocks, the final norm and the head; all else is frozen.
 
-    With `around_cut` the blocks are the `blocks` before and after every place where the last
-    prune took some out. Tied embeddings train as the head alone: nothing flows back to what
+    With `around_cut` the blocks are the `blocks` before and after every place where some of
+    `healing.parent` are gone. Tied embeddings train as the head alone: nothing flows back to what
     they embed, so no gradient is computed below the lowest block that trains. Raises
     `HealingError` like `train`, and `NotApplicable` when where the cut was is not known
     (Reassessing Layer Pruning in LLMs, arXiv:2411.15558 section 4).
@@ -34,17 +34,17 @@ def thawed(healing: Healing) -> Healer:
     params = healing.params
     assert isinstance(params, LastBlocksParams)
     model, write = whole(healing)
-    thaw(model, chosen(params, len(Blocks(model)), healing.source), head=params.head)
+    thaw(model, chosen(healing, params, len(Blocks(model))), head=params.head)
     return Healer(model, write)
 
 
-def chosen(params: LastBlocksParams, num_blocks: int, source: Path) -> list[int]:
+def chosen(healing: Healing, params: LastBlocksParams, num_blocks: int) -> list[int]:
     """The blocks that train."""
     if params.around_cut:
-        return around(removed(source), num_blocks, params.blocks)
+        return around(removed(healing.source, healing.parent), num_blocks, params.blocks)
     if params.blocks > num_blocks:
         raise HealingError(
-            f"heal.blocks {params.blocks}: {source} has {num_blocks} blocks; ask for fewer"
+            f"heal.blocks {params.blocks}: {healing.source} has {num_blocks} blocks; ask for fewer"
         )
     return list(range(num_blocks - params.blocks, num_blocks))
 
@@ -60,18 +60,18 @@ def around(gone: list[int], num_blocks: int, reach: int) -> list[int]:
     return sorted(i for i in near if 0 <= i < num_blocks)
 
 
-def removed(source: Path) -> list[int]:
-    """The blocks that made `source`, as its manifest says; raises `NotApplicable` without."""
-    try:
-        gone = json.loads((source / "manifest.json").read_text())["metrics"]["drop_blocks"]
-    except (OSError, ValueError, KeyError):
-        gone = []
-    if not gone:
+def removed(source: Path, parent: Path | None) -> list[int]:
+    """The blocks of `parent` that `source` lacks; raises `NotApplicable` when there are none."""
+    if parent is None:
         raise NotApplicable(
-            f"{source}: no manifest.json names blocks that were removed, so where the cut was is "
-            "not known; heal right after prune, or without around_cut"
+            f"{source}: heal.around_cut looks for the cut beside the model before it, which is "
+            "not given; put a prune stage before it, or give --parent"
         )
-    return list(gone)
+    known = sketch(parent)
+    gone = {*range(len(known))} - {*recognise(sketch(source), known)}
+    if not gone:
+        raise NotApplicable(f"{source}: has every block of {parent}; leave heal.around_cut out")
+    return sorted(gone)
 
 
 def thaw(model: nn.Module, indices: Iterable[int], *, head: bool) -> None:

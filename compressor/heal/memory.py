@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from compressor.errors import HealingError
 from compressor.heal import TrainingParams
-from compressor.heal.healer import Healer, Healing, next_token_loss
+from compressor.heal.healer import Healer, Healing
 from compressor.memory import from_proc
 
 log = logging.getLogger(__name__)
@@ -19,6 +20,8 @@ _ADAM = 2  # moments per weight
 _SCATTERED = 2
 """Of the memory that one step frees, the C allocator finds only a part fit for the next: measured
 peaks are 1.0 to 1.7 times what a step keeps."""
+_MAPPED = 32 * 2**20
+"""What is larger, the C library maps by itself (M_MMAP_THRESHOLD) and gives back at once."""
 _LATER = 128 * 2**20
 """Libraries that the first step loads, and buffers of their kernels."""
 
@@ -30,14 +33,17 @@ def forecast(healing: Healing, healer: Healer) -> dict[str, int]:
     gradient and two Adam moments in float32 of each of the n weights that train together, and
     what autograd keeps of a micro batch. The last is counted exactly on windows of 16, 32 and
     64 tokens and continued to their full length, c + b T + a T^2, so attention that keeps its
-    maps is seen. Logits come twice more, for the gradient. Warns when there is less memory.
+    maps is seen. The loss takes what its method says, and next-token loss three times the size
+    of the logits: their log-softmax, its gradient and theirs. On the CPU all of this counts
+    twice, and what checkpointing lets go of once. Warns when there is less memory.
     """
     params, length = healing.params, healing.tokens.shape[1]
-    kept = _kept_by_autograd(healer.model, healing)
     vocabulary: int = healer.model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
-    activations = params.micro_batch_size * (kept + 2 * 4 * length * vocabulary)
+    kept, let_go = (params.micro_batch_size * size for size in _of_a_window(healer.model, healing))
+    logits = params.micro_batch_size * 4 * length * vocabulary
+    activations = kept + (healer.loss_bytes if healer.loss else 3 * logits)
     if healing.device == "cpu":
-        activations = _SCATTERED * activations + _LATER
+        activations = _SCATTERED * activations + let_go + _LATER
     trained = _trained_together(healer)
     parts = {
         "resident": _resident(healing.device),
@@ -73,25 +79,35 @@ def explain(
 
 
 def _trained_together(healer: Healer) -> int:
-    weights = sum(p.numel() for p in healer.model.parameters() if p.requires_grad)
+    modules = [healer.model, *([healer.beside] if healer.beside else [])]
+    weights = sum(p.numel() for m in modules for p in m.parameters() if p.requires_grad)
     return weights if healer.together is None else healer.together
 
 
-def _kept_by_autograd(model: Any, healing: Healing) -> int:
-    """Bytes kept for the backward pass of one window of full length."""
+def _of_a_window(model: Any, healing: Healing) -> tuple[int, int]:
+    """Bytes kept for the backward pass of one window of full length, up to its logits.
+
+    Then those that checkpointing lets go of on the way forward, in pieces below `_MAPPED`: the C
+    allocator hardly finds them again for the next block, as little keeps them apart.
+    """
     length = healing.tokens.shape[1]
+    kept = _continued(model, healing, length)
     if not healing.params.checkpointing:
-        return _continued(model, healing, length)
-    recomputed = _continued(model, healing, length)
+        return kept, 0
     model.gradient_checkpointing_disable()
     whole = _continued(model, healing, length)
+    small = _continued(model, healing, length, _MAPPED // healing.params.micro_batch_size)
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    return recomputed + whole // int(model.config.num_hidden_layers)
+    return kept + whole // int(model.config.num_hidden_layers), small
 
 
-def _continued(model: nn.Module, healing: Healing, length: int) -> int:
+def _continued(model: nn.Module, healing: Healing, length: int, most: float = math.inf) -> int:
+    """Bytes of the storages, each of at most `most` at full length, that autograd keeps."""
     probes = [min(probe, length) for probe in _PROBES]
-    sizes = [_saved(model, healing.tokens[:1, :probe].to(healing.device)) for probe in probes]
+    sizes = [
+        _saved(model, healing.tokens[:1, :probe].to(healing.device), most * probe / length)
+        for probe in probes
+    ]
     if length <= _PROBES[-1]:
         return sizes[-1]
     a, b, c = torch.linalg.solve(
@@ -101,8 +117,8 @@ def _continued(model: nn.Module, healing: Healing, length: int) -> int:
     return int(c + b * length + a * length * length)
 
 
-def _saved(model: nn.Module, tokens: Tensor) -> int:
-    """Bytes of the distinct storages that autograd keeps of a forward, weights aside."""
+def _saved(model: nn.Module, tokens: Tensor, most: float = math.inf) -> int:
+    """Bytes of the distinct storages that autograd keeps for the logits, weights aside."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
 
@@ -114,9 +130,9 @@ def _saved(model: nn.Module, tokens: Tensor) -> int:
 
     model.train()
     with torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        loss = next_token_loss(model, {"input_ids": tokens})
-    del loss
-    return sum(kept.values())
+        logits = model(input_ids=tokens, use_cache=False).logits
+    del logits
+    return sum(size for size in kept.values() if size <= most)
 
 
 def _resident(device: str) -> int:
