@@ -1,4 +1,4 @@
-"""Settings of the correction, judged on text that calibrated none of them.
+"""Settings of the correction and of scaling, judged on text that calibrated none of them.
 
     python benchmarks/propagation.py MODEL TEXT [--blocks 6] [--json]
 
@@ -33,6 +33,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"bits": 4},
     {"bits": 4, "damp": 0.6},
     {"bits": 4, "polish": 4},
+    {"bits": 4, "scaling": "awq"},
     {"bits": 3, **OLD},
     {"bits": 3},
     {"bits": 2, "symmetric": False, **OLD},
@@ -44,9 +45,8 @@ def states(decoder: Decoder, tokens: Tensor, blocks: int, weights: dict[str, Ten
     """The stream (N, T, D) behind the first blocks with `weights` in the place of their own."""
     stream = Stream(decoder, tokens)
     for step in itertools.islice(walk(stream), blocks):
-        for name, linear in decoder.blocks.linears(step.index).items():
-            if name in weights:
-                linear.weight.data.copy_(weights[name])
+        for name, own in step.block.state_dict().items():
+            own.copy_(weights.get(f"{decoder.blocks.prefix}.{step.index}.{name}", own))
         for _ in step.advance():
             pass
     return stream.x.double()
@@ -55,11 +55,14 @@ def states(decoder: Decoder, tokens: Tensor, blocks: int, weights: dict[str, Ten
 def quantized(
     model: Path, tokens: Tensor, blocks: int, settings: dict[str, Any]
 ) -> dict[str, Tensor]:
-    """The first blocks' weights as they will be read back."""
+    """What quantizing changes in the first blocks, as it will be read back, by full name."""
     params, decoder = GptqParams(group_size=64, **settings), Decoder(model)
     recipe = Recipe.of(decoder, "gptq", params)
-    found = itertools.islice(quantize_blocks(decoder, tokens, recipe), blocks)
-    return {n: w.dequantize() for block in found for n, w in block.weights.items()}
+    changed: dict[str, Tensor] = {}
+    for block in itertools.islice(quantize_blocks(decoder, tokens, recipe), blocks):
+        changed |= {f"{name}.weight": each.dequantize() for name, each in block.weights.items()}
+        changed |= block.dense
+    return changed
 
 
 def error(h: Tensor, off: Tensor) -> float:

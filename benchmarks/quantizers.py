@@ -125,6 +125,7 @@ def quantized(model: Path, name: str, tokens: Tensor) -> tuple[dict[str, Tensor]
     bits, drift = 0.0, None
     for block in quantize_blocks(decoder, tokens if METHODS[method].needs else None, recipe):
         drift = block.drift
+        weights |= block.dense
         for linear, found in block.weights.items():
             weights[f"{linear}.weight"] = found.dequantize()
             zeros = 0 if found.zero_point is None else found.zero_point.numel()
