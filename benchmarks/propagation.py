@@ -32,12 +32,16 @@ SETTINGS: list[dict[str, Any]] = [
     {"bits": 4, **OLD, "alpha": 1, "ridge": 1, "catch_up": 1},
     {"bits": 4},
     {"bits": 4, "damp": 0.6},
+    {"bits": 4, "polish": 1},
     {"bits": 4, "polish": 4},
+    {"bits": 4, "forwards": "float32"},
     {"bits": 4, "scaling": "awq"},
     {"bits": 3, **OLD},
     {"bits": 3},
     {"bits": 2, "symmetric": False, **OLD},
     {"bits": 2, "symmetric": False},
+    {"bits": 8, "forwards": "float32"},
+    {"bits": 8, "forwards": "bfloat16"},
 ]
 
 

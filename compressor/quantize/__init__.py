@@ -118,7 +118,7 @@ class GptqParams(PropagatingParams):
     )
     act_order: bool = Field(True, description="columns with the largest inputs first")
     polish: int = Field(
-        1, ge=0, description="rounds of coordinate descent on scales and integers after the sweep"
+        2, ge=0, description="rounds of coordinate descent on scales and integers after the sweep"
     )
 
 
