@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -25,9 +26,10 @@ def compress(
 
 
 def start(folder: Path, *args: str, python: Sequence[str] = PYTHON) -> subprocess.Popen[str]:
-    """Begin it."""
+    """Begin it; Ctrl-C reaches it also where these tests run in the background of a shell."""
     return subprocess.Popen(
         [*python, *args],
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
