@@ -46,6 +46,20 @@ class Sublayers:
     ffn: Sublayer | None
     parallel: bool
 
+    def at(self, prefix: str, index: int, other: int) -> Sublayers:
+        """The same branches of block `other`, made like block `index`."""
+        here, there = f"{prefix}.{index}.", f"{prefix}.{other}."
+
+        def moved(branch: Sublayer | None) -> Sublayer | None:
+            return branch and Sublayer(
+                tuple(name.replace(here, there, 1) for name in branch.modules),
+                tuple(name.replace(here, there, 1) for name in branch.norms),
+                branch.first.replace(here, there, 1),
+                branch.last.replace(here, there, 1),
+            )
+
+        return Sublayers(moved(self.attention), moved(self.ffn), self.parallel)
+
 
 def find_sublayers(model: nn.Module) -> list[Sublayers]:
     """The branches of every block of `model`, which is moved to the meta device for good.
@@ -57,8 +71,12 @@ def find_sublayers(model: nn.Module) -> list[Sublayers]:
     """
     model.to("meta")
     blocks = Blocks(model)
-    calls = [_Calls(blocks, index) for index in range(len(blocks))]
+    first: dict[object, int] = {}
+    alike = [first.setdefault(_make(blocks, index), index) for index in range(len(blocks))]
+    calls = {index: _Calls(blocks, index) for index in first.values()}
     try:
+        for index in set(range(len(blocks))) - calls.keys():
+            blocks.layers[index].forward = _skip(blocks)
         decoder: Any = model.get_decoder()  # type: ignore[operator]
         config: Any = model.config
         ids = torch.zeros((1, 2), dtype=torch.long, device="meta")
@@ -67,9 +85,22 @@ def find_sublayers(model: nn.Module) -> list[Sublayers]:
         with torch.no_grad():
             decoder(input_ids=ids, attention_mask=mask, use_cache=False)
     finally:
-        for each in calls:
+        for each in calls.values():
             each.stop()
-    return [each.branches() for each in calls]
+        for block in blocks:
+            block.__dict__.pop("forward", None)
+    found = {index: each.branches() for index, each in calls.items()}
+    return [found[known].at(blocks.prefix, known, index) for index, known in enumerate(alike)]
+
+
+def _make(blocks: Blocks, index: int) -> object:
+    """Equal for blocks whose branches are alike, so that one run of one of them tells of all."""
+    modules = ((name, type(each)) for name, each in blocks.layers[index].named_modules())
+    return index if index in blocks.reused else tuple(modules)
+
+
+def _skip(blocks: Blocks) -> Any:
+    return (lambda x, *_, **__: (x,)) if blocks.returns_tuple else (lambda x, *_, **__: x)
 
 
 class _Calls:
