@@ -6,7 +6,8 @@ ModuleList with as many members as the config has layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -65,6 +66,21 @@ class Blocks:
 
     def __iter__(self) -> Iterator[nn.Module]:
         return iter(self.layers)
+
+    @contextmanager
+    def stand_in(
+        self, forward: Callable[..., Tensor], indices: Iterable[int] | None = None
+    ) -> Iterator[None]:
+        """Replace the forward of some blocks, by default all, for the length of a `with` block."""
+        replaced = list(self) if indices is None else [self.layers[index] for index in indices]
+        given = (lambda *a, **k: (forward(*a, **k),)) if self.returns_tuple else forward
+        try:
+            for block in replaced:
+                block.forward = given
+            yield
+        finally:
+            for block in replaced:
+                block.__dict__.pop("forward", None)
 
     def attention(self, index: int) -> dict[str, nn.Module]:
         """Attention modules of a block by full name; usually one, none where it was removed."""

@@ -136,7 +136,7 @@ class Decoder:
             calls.append((args, kwargs))
             return x
 
-        with self._stand_in(record):
+        with self.blocks.stand_in(record):
             decoder: Any = self.model.get_decoder()  # type: ignore[operator]
             decoder(input_ids=tokens.to(self.device), use_cache=False)
         self._calls[self._kind(stream[0])] = calls
@@ -196,20 +196,8 @@ class Decoder:
             return own
 
         placeholder = torch.zeros(x.shape[:2], dtype=torch.long, device=self.device)
-        with self._stand_in(inject):
+        with self.blocks.stand_in(inject):
             return model(input_ids=placeholder, use_cache=False)
-
-    @contextmanager
-    def _stand_in(self, forward: Callable[..., Tensor]) -> Iterator[None]:
-        """Replace every block's forward for the length of a `with` block."""
-        stand_in = (lambda *a, **k: (forward(*a, **k),)) if self.blocks.returns_tuple else forward
-        try:
-            for block in self.blocks:
-                block.forward = stand_in
-            yield
-        finally:
-            for block in self.blocks:
-                block.__dict__.pop("forward", None)
 
 
 def all_finite(x: Tensor) -> bool:

@@ -74,21 +74,18 @@ def find_sublayers(model: nn.Module) -> list[Sublayers]:
     first: dict[object, int] = {}
     alike = [first.setdefault(_make(blocks, index), index) for index in range(len(blocks))]
     calls = {index: _Calls(blocks, index) for index in first.values()}
+    others = [index for index in range(len(blocks)) if index not in calls]
     try:
-        for index in set(range(len(blocks))) - calls.keys():
-            blocks.layers[index].forward = _skip(blocks)
         decoder: Any = model.get_decoder()  # type: ignore[operator]
         config: Any = model.config
         ids = torch.zeros((1, 2), dtype=torch.long, device="meta")
         ready = torch.zeros((1, 1, 2, 2), device="meta")  # nobody looks at a ready mask's values
         mask = None if family_of(config) in POSITIONS_FROM_MASK else ready
-        with torch.no_grad():
+        with torch.no_grad(), blocks.stand_in(lambda x, *_, **__: x, others):
             decoder(input_ids=ids, attention_mask=mask, use_cache=False)
     finally:
         for each in calls.values():
             each.stop()
-        for block in blocks:
-            block.__dict__.pop("forward", None)
     found = {index: each.branches() for index, each in calls.items()}
     return [found[known].at(blocks.prefix, known, index) for index, known in enumerate(alike)]
 
@@ -97,10 +94,6 @@ def _make(blocks: Blocks, index: int) -> object:
     """Equal for blocks whose branches are alike, so that one run of one of them tells of all."""
     modules = ((name, type(each)) for name, each in blocks.layers[index].named_modules())
     return index if index in blocks.reused else tuple(modules)
-
-
-def _skip(blocks: Blocks) -> Any:
-    return (lambda x, *_, **__: (x,)) if blocks.returns_tuple else (lambda x, *_, **__: x)
 
 
 class _Calls:

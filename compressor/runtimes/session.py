@@ -76,7 +76,7 @@ class Session:
                 f"attention_mask, past_key_values.*); it has {', '.join(sorted(self.inputs)[:6])}"
             )
         self.dtype: Any = _HELD.get(past[0].type, np.float32)
-        self.past = {i.name: _sizes(folder, i.shape) for i in past}
+        self.past = _sizes(folder, {i.name: i.shape for i in past})
 
     def empty_cache(self, batch: int = 1, length: int = 0) -> Cache:
         """A KV cache without entries, with room for `length` of them."""
@@ -129,21 +129,26 @@ class Session:
         return tokens
 
 
-def _sizes(folder: Path, shape: list[int | str | None]) -> tuple[int, int]:
-    """Heads and channels of a cache input, those that its graph leaves open as GenAI is told."""
+def _sizes(folder: Path, shapes: dict[str, list[Any]]) -> dict[str, tuple[int, int]]:
+    """Heads and channels of cache inputs, those that their graph leaves open as GenAI is told."""
+    sizes = {name: (shape[1], shape[3]) for name, shape in shapes.items()}
+    if all(isinstance(own, int) for size in sizes.values() for own in size):
+        return sizes
     path = folder / "genai_config.json"
-    told = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    decoder = told.get("model", {}).get("decoder", {})
-    heads, channels = (
-        own if isinstance(own, int) else decoder.get(name)
-        for own, name in ((shape[1], "num_key_value_heads"), (shape[3], "head_size"))
-    )
-    if heads is None or channels is None:
-        raise InferenceError(
-            f"{folder}: the graph's cache is {shape}, and no genai_config.json tells its heads and "
-            "their channels; export it with fixed sizes"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    decoder = config.get("model", {}).get("decoder", {})
+    told = decoder.get("num_key_value_heads"), decoder.get("head_size")
+    for name, size in sizes.items():
+        heads, channels = (
+            own if isinstance(own, int) else known for own, known in zip(size, told, strict=True)
         )
-    return heads, channels
+        if heads is None or channels is None:
+            raise InferenceError(
+                f"{folder}: the graph's cache is {shapes[name]}, and no genai_config.json tells "
+                "its heads and their channels; export it with fixed sizes"
+            )
+        sizes[name] = heads, channels
+    return sizes
 
 
 def _value(array: np.ndarray) -> Any:
