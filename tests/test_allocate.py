@@ -20,6 +20,7 @@ from compressor.allocate import METHODS, AllocateParams, FisherParams, Importanc
 from compressor.allocate.driver import Allocation, measure, spend
 from compressor.allocate.fisher import fisher
 from compressor.allocate.importance import importance, saliencies
+from compressor.allocate.measured import Measured
 from compressor.allocate.probe import Probe
 from compressor.allocate.refine import MixedModel, refine
 from compressor.allocate.rule import greedy, hull
@@ -425,6 +426,21 @@ def test_budgets_out_of_reach_name_the_range(budget: Any, said: str, llama: Path
     probe, options = probe_of(llama, tokens(1, 8))
     with pytest.raises(SelectionError, match=said):
         chosen(probe, options, **budget)
+    known = [dict.fromkeys(probe.widths, 1.0) for _ in probe.units]  # measured for another budget
+    with pytest.raises(SelectionError, match=said):
+        spend(known, probe, FisherParams(group_size=16, **budget), options.dense_bytes)
+
+
+def test_what_was_measured_is_read_again_in_the_order_of_the_units(tmp_path: Path) -> None:
+    energies = {name: torch.rand(4) for name in ("model.layers.10.o", "model.layers.2.o", "b")}
+    kept = Measured("fisher", [{2: 0.3, 8: 0.1}, {2: 0.2, 8: 0.0}, {4: 1.0}], energies)
+    kept.save(tmp_path)
+    for _ in range(2):
+        found = Measured.load(tmp_path)
+        assert (found.method, found.costs) == (kept.method, kept.costs)
+        assert [*found.energies] == [*energies]
+        assert all(torch.equal(found.energies[name], energies[name]) for name in energies)
+        found.save(tmp_path)
 
 
 def test_a_budget_is_asked_for_once() -> None:

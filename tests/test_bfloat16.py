@@ -26,7 +26,7 @@ from compressor.export.parity import ask, differences, questions, reference
 from compressor.quantize import RtnParams
 from compressor.quantize.driver import quantize
 from compressor.runtimes import find
-from compressor.runtimes.session import CUDA, MODEL, Session
+from compressor.runtimes.session import CUDA, MODEL, Session, floats
 from tests.tiny import save_tiny, save_tokenizer, tiny, tokens
 
 BF16, FP32 = ir.DataType.BFLOAT16, ir.DataType.FLOAT
@@ -198,3 +198,8 @@ def test_a_cache_in_bfloat16_runs_as_arrays_and_in_one_buffer(tmp_path: Path) ->
         np.testing.assert_allclose(step, logits[0, -1], atol=1e-5)
         np.testing.assert_allclose(step, expected[position], atol=0.1)
         assert np.abs(step - expected[position]).max() > 1e-4  # it really is rounded
+
+
+def test_bits_of_bfloat16_are_widened() -> None:
+    x = torch.tensor([1.0, -2.5, 3e-39, 1e38, float("inf")]).bfloat16()
+    assert floats(x.view(torch.uint16).numpy()).tolist() == x.float().tolist()

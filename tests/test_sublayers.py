@@ -102,3 +102,13 @@ def test_a_norm_that_serves_both_belongs_to_neither() -> None:
 def test_blocks_without_branches_are_refused(make: Any, said: str) -> None:
     with pytest.raises(NotApplicable, match=said):
         make()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_forwards_are_the_blocks_own_again(family: str) -> None:
+    model = tiny(family)
+    blocks = Blocks(model)
+    with blocks.stand_in(lambda x, *_, **__: x, [1]):
+        assert ["forward" in block.__dict__ for block in blocks][:3] == [False, True, False]
+    find_sublayers(model)
+    assert not any("forward" in block.__dict__ for block in blocks)
