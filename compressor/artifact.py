@@ -14,6 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -145,12 +146,14 @@ class Store:
         # An imported artifact's own manifest is a link here, and must not be written through.
         (draft / MANIFEST).unlink(missing_ok=True)
         paths = sorted(p for p in draft.rglob("*") if p.is_file())
-        files = [
-            FileEntry(
-                path=str(p.relative_to(draft)), size_bytes=p.stat().st_size, sha256=file_digest(p)
-            )
-            for p in paths
-        ]
+        with ThreadPoolExecutor() as pool:
+            digests = pool.map(file_digest, paths)
+            files = [
+                FileEntry(
+                    path=str(p.relative_to(draft)), size_bytes=p.stat().st_size, sha256=digest
+                )
+                for p, digest in zip(paths, digests, strict=True)
+            ]
         text = manifest.model_copy(update={"files": files}).model_dump_json(indent=1)
         (draft / MANIFEST).write_text(text + "\n", encoding="utf-8")
         for path in [*paths, draft / MANIFEST]:

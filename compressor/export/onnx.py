@@ -24,6 +24,7 @@ from compressor.export.parity import (
     TOLERANCE,
     Answers,
     Questions,
+    Replies,
     answer,
     ask,
     differences,
@@ -130,35 +131,44 @@ def compare(
     `prepack` as in `Session`. Raises `ExportError` naming the check that failed and the first
     module that differs.
     """
-    folder, level = out / "onnx", params.accuracy_level
-    said, tokens = {}, None
+    said, providers = _replies(out / "onnx", params.accuracy_level, asked, prepack)
+    tokens = said[0].tokens
+    answers = answer(source, params.head_bits, asked, tokens)
+    report: dict[str, Any] = {"unit": answers.unit}
+    for level in sorted(said):
+        found, equal = differences(said.pop(level), answers)
+        report[f"accuracy_level_{level}"] = found
+        tolerance = TOLERANCE[params.onnx_dtype, level]
+        failed = {kind: value for kind, value in found.items() if not value <= tolerance}
+        if failed:
+            raise ExportError(_failure(source, out / "onnx", params, level, failed, asked))
+    if "safetensors" in params.formats and not params.head_bits:
+        report["safetensors"] = _reloaded(out / "safetensors", answers)
+    largest = max(report["accuracy_level_0"].values())
+    return report | {
+        "greedy_equal": equal,
+        "greedy_tokens": tokens.size,
+        "providers": providers,
+        "summary": f"largest logit difference {largest:.1e} standard deviations, "
+        f"{equal} of {tokens.size} greedy tokens same",
+    }
+
+
+def _replies(
+    folder: Path, level: int, asked: Questions, prepack: bool
+) -> tuple[dict[int, Replies], list[str]]:
+    """What the graph says by accuracy level, 0 and its own, and the providers that computed it."""
+    said: dict[int, Replies] = {}
     if level:
         with probed(folder) as session:
             said[0] = ask(session, asked)
-        tokens = said[0].tokens
+        del session  # before there is another
     session = Session(folder, prepack=prepack)
-    said[level], providers = ask(session, asked, tokens), session.providers
+    said[level] = ask(session, asked, said[0].tokens if level else None)
+    providers = session.providers
     del session
     release()
-    answers = answer(source, params.head_bits, asked, said[0].tokens)
-    report: dict[str, Any] = {"unit": answers.unit}
-    if "safetensors" in params.formats and not params.head_bits:
-        report["safetensors"] = _reloaded(out / "safetensors", answers)
-    for each, replies in said.items():
-        found, equal = differences(replies, answers)
-        report[f"accuracy_level_{each}"] = found
-        tolerance = TOLERANCE[params.onnx_dtype, each]
-        failed = {kind: value for kind, value in found.items() if not value <= tolerance}
-        if failed:
-            raise ExportError(_failure(source, folder, params, each, failed, asked))
-    largest, count = max(report["accuracy_level_0"].values()), said[level].tokens.size
-    return report | {
-        "greedy_equal": equal,
-        "greedy_tokens": count,
-        "providers": providers,
-        "summary": f"largest logit difference {largest:.1e} standard deviations, "
-        f"{equal} of {count} greedy tokens same",
-    }
+    return said, providers
 
 
 def _reloaded(folder: Path, answers: Answers) -> float | str:
@@ -166,6 +176,7 @@ def _reloaded(folder: Path, answers: Answers) -> float | str:
     layouts = [layout for _, layout in DenseReader(folder).layouts]
     if not all(isinstance(layout, Packed) and layout.symmetric for layout in layouts):
         return "not compared: transformers rounds asymmetric integers anew, or needs gptqmodel"
+    release()
     with progress.task("safetensors", 1) as bar, torch.inference_mode():
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         logits = model(torch.from_numpy(answers.tokens), use_cache=False).logits.numpy()
