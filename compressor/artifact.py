@@ -147,7 +147,7 @@ class Store:
         (draft / MANIFEST).unlink(missing_ok=True)
         paths = sorted(p for p in draft.rglob("*") if p.is_file())
         with ThreadPoolExecutor() as pool:
-            digests = pool.map(file_digest, paths)
+            digests = pool.map(_sealed, paths)
             files = [
                 FileEntry(
                     path=str(p.relative_to(draft)), size_bytes=p.stat().st_size, sha256=digest
@@ -156,8 +156,7 @@ class Store:
             ]
         text = manifest.model_copy(update={"files": files}).model_dump_json(indent=1)
         (draft / MANIFEST).write_text(text + "\n", encoding="utf-8")
-        for path in [*paths, draft / MANIFEST]:
-            _sync(path)
+        _sync(draft / MANIFEST)
         target = self.folder(manifest.stage, manifest.key)
         if target.exists():
             shutil.rmtree(target)
@@ -191,6 +190,13 @@ def verify(folder: Path) -> list[str]:
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else -1
+
+
+def _sealed(path: Path) -> str:
+    """The sha256 of a file that is then on the disk."""
+    digest = file_digest(path)
+    _sync(path)
+    return digest
 
 
 def _sync(path: Path) -> None:
