@@ -22,7 +22,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from compressor.errors import ArtifactError
-from compressor.sources import file_digest
+from compressor.sources import file_digest, remembered_digest
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -193,7 +193,9 @@ def _size(path: Path) -> int:
 
 
 def _sealed(path: Path) -> str:
-    """The sha256 of a file that is then on the disk."""
+    """The sha256 of a file that is then on the disk; a link's is that which pinned its source."""
+    if path.is_symlink():
+        return remembered_digest(path)
     digest = file_digest(path)
     _sync(path)
     return digest
