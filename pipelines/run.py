@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import errno
-import functools
-import gc
-import importlib
 import importlib.metadata
 import json
 import os
@@ -14,13 +11,12 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal
 
 from compressor.artifact import Manifest, Store
 from compressor.errors import ArtifactError, ConfigError, did_you_mean
 from compressor.fetch import fingerprint_model, fingerprint_text
-from compressor.memory import peak, release, reset_peak
+from compressor.memory import import_for_good, peak, release, reset_peak
 from compressor.methods import Params
 from pipelines import ranks
 from pipelines.config import RunConfig
@@ -152,7 +148,7 @@ def _find(stages: list[Stage], name: str, flag: str) -> list[int]:
 
 
 def _build(stage: Stage, config: RunConfig, store: Store) -> None:
-    stages = _import_stages()
+    stages = import_for_good("pipelines.stages")
     import torch
     from safetensors import SafetensorError
 
@@ -196,20 +192,6 @@ def _build(stage: Stage, config: RunConfig, store: Store) -> None:
                 f"{store.root}: the disk is full ({free:.1f} GiB free); finished stages are kept; "
                 "make room, or give another folder with --store, and run the same command again"
             ) from error
-
-
-@functools.cache
-def _import_stages() -> ModuleType:
-    """Import torch and all else without the garbage collector, which would look through it in vain.
-
-    What is there then stays to the end, so the collector never looks at it again.
-    """
-    gc.disable()
-    try:
-        return importlib.import_module("pipelines.stages")
-    finally:
-        gc.freeze()
-        gc.enable()
 
 
 def _device(asked: str) -> str:

@@ -16,7 +16,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipelines import run, table
+from compressor.memory import import_for_good
+from pipelines import table
 from tests.command_line import CODE, compress, start
 from tests.tiny import save_project
 
@@ -193,8 +194,10 @@ def test_export_alone_proves_its_graph_and_leaves_timing_to_bench(project: Path)
     assert "speed" in record(project)["stages"][-1]["metrics"]["onnx"]
 
 
-def test_the_garbage_collector_is_only_off_while_libraries_are_imported() -> None:
-    assert importlib.import_module("pipelines.stages") is run._import_stages()
+def test_the_garbage_collector_is_only_off_while_libraries_are_imported(tmp_path: Path) -> None:
+    assert import_for_good("pipelines.stages") is importlib.import_module("pipelines.stages")
+    with pytest.raises(ModuleNotFoundError):
+        import_for_good("pipelines.nowhere")
     assert gc.isenabled()
 
 
