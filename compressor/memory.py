@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import gc
+import importlib
+import sys
 from pathlib import Path
+from types import ModuleType
 
 
 def reset_peak() -> None:
@@ -37,3 +41,18 @@ def from_proc(path: str, name: str) -> int:
     except OSError:
         return 0
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), 0)
+
+
+def import_for_good(name: str) -> ModuleType:
+    """A module, its libraries hidden from the garbage collector, which would search them in vain.
+
+    torch and transformers are some million objects that stay to the end.
+    """
+    if name not in sys.modules:
+        gc.disable()
+        try:
+            importlib.import_module(name)
+        finally:
+            gc.freeze()
+            gc.enable()
+    return sys.modules[name]

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from compressor.artifact import Manifest, Store
 from compressor.errors import ArtifactError, ConfigError, did_you_mean
 from compressor.fetch import fingerprint_model, fingerprint_text
-from compressor.memory import peak, reset_peak
+from compressor.memory import import_for_good, peak, release, reset_peak
 from compressor.methods import Params
 from pipelines import ranks
 from pipelines.config import RunConfig
@@ -148,10 +148,10 @@ def _find(stages: list[Stage], name: str, flag: str) -> list[int]:
 
 
 def _build(stage: Stage, config: RunConfig, store: Store) -> None:
+    stages = import_for_good("pipelines.stages")
     import torch
     from safetensors import SafetensorError
 
-    from pipelines import stages
     from pipelines.quiet import silence_libraries
 
     silence_libraries()
@@ -183,6 +183,7 @@ def _build(stage: Stage, config: RunConfig, store: Store) -> None:
                 peak_bytes=peak(),
             )
             store.commit(draft, manifest)
+            release()
         except (OSError, RuntimeError, SafetensorError) as error:
             if not _disk_is_full(error):
                 raise

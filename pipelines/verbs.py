@@ -191,8 +191,9 @@ def export(**params: Any) -> dict[str, Any]:
 
     \b
     compress export model-4bit -o exported
+    compress bench exported
     """
-    return {"stages": [{"export": params}]}
+    return {"stages": [{"export": params}], "evaluate": {"speed": False}}
 
 
 @alone("evaluate", "evaluation")

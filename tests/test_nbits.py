@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compressor.errors import ExportError
-from compressor.export import ExportParams
+from compressor.export import ExportParams, nbits
 from compressor.export import onnx as onnx_export
 from compressor.export.decoder_graph import build
 from compressor.export.graph import MODEL
@@ -256,6 +256,14 @@ def test_a_rounded_head_is_stored_once_and_passes_the_gate(
     assert stored == rows * columns * bits // 8 + rows * columns // 32 * 4
     codes = round_to_nearest(model.lm_head.weight, bits)
     np.testing.assert_array_equal(unpacked(nodes(tmp_path / "onnx")[0])[0], codes.integers)
+
+
+def test_rounding_row_by_row_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(17, 64, generator=torch.Generator().manual_seed(0))
+    whole = round_to_nearest(weight, 4)
+    monkeypatch.setattr(nbits, "_ROWS", 5)
+    parts = round_to_nearest(weight, 4)
+    assert torch.equal(parts.integers, whole.integers) and torch.equal(parts.scale, whole.scale)
 
 
 def test_rounding_errs_by_half_a_step_or_one_at_the_end() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import json
 import os
 import subprocess
@@ -14,6 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from compressor.memory import import_for_good
 from pipelines import table
 from tests.command_line import CODE, compress, start
 from tests.tiny import save_project
@@ -180,6 +183,22 @@ def test_evaluate_alone_takes_its_settings(project: Path) -> None:
     assert result.returncode == 0, result.stderr
     speed = json.loads(result.stdout)["stages"][-1]["metrics"]["speed"]
     assert (speed["prompt_tokens"], speed["new_tokens"], speed["repeats"]) == (3, 2, 1)
+
+
+def test_export_alone_proves_its_graph_and_leaves_timing_to_bench(project: Path) -> None:
+    result = compress(project, "export", "model", "--check-tokens", "2", "--json")
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)["stages"][-1]["metrics"]["onnx"]
+    assert found["parity"]["greedy_tokens"] == 6
+    assert "speed" not in found
+    assert "speed" in record(project)["stages"][-1]["metrics"]["onnx"]
+
+
+def test_the_garbage_collector_is_only_off_while_libraries_are_imported(tmp_path: Path) -> None:
+    assert import_for_good("pipelines.stages") is importlib.import_module("pipelines.stages")
+    with pytest.raises(ModuleNotFoundError):
+        import_for_good("pipelines.nowhere")
+    assert gc.isenabled()
 
 
 def test_pruning_weights_and_widths_from_the_command_line(project: Path) -> None:

@@ -38,9 +38,18 @@ class Session:
     """
 
     def __init__(
-        self, folder: Path, device: str = "auto", model: str = MODEL, threads: int | None = None
+        self,
+        folder: Path,
+        device: str = "auto",
+        model: str = MODEL,
+        threads: int | None = None,
+        prepack: bool = True,
     ) -> None:
-        """Load the graph `model` from `folder`; `threads` None is onnxruntime's own choice."""
+        """Load the graph `model` from `folder`; `threads` None is onnxruntime's own choice.
+
+        Without `prepack` the CPU multiplies with the mapped file, not with a copy in the order
+        its kernels like: no time to load, half the memory, and a token takes half as long again.
+        """
         onnxruntime = load_onnxruntime()
         wanted = [CUDA] if device in ("auto", "cuda") else []
         offered = onnxruntime.get_available_providers()
@@ -52,6 +61,7 @@ class Session:
         chosen = [p for p in wanted if p in offered] + ["CPUExecutionProvider"]
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or 0
+        options.add_session_config_entry("session.disable_prepacking", str(int(not prepack)))
         errors = onnxruntime.capi.onnxruntime_pybind11_state
         try:
             self.inference: Any = onnxruntime.InferenceSession(
