@@ -105,12 +105,12 @@ def test_integers_in_the_graph_are_the_checkpoints(
     (tmp_path / "onnx").mkdir()
     built = build(tmp_path / "model", tmp_path / "onnx")
     found = nodes(tmp_path / "onnx")
-    assert len(found) == 4  # q+k+v, o, gate+up, down
+    assert len(found) == 5  # q+k+v, o, gate, up, down
     order = iter(written[f"model.layers.1.{part}.weight"] for part in (
         "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
         "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
     ))  # fmt: skip
-    for node, count in zip(found, (3, 1, 2, 1), strict=True):
+    for node, count in zip(found, (3, 1, 1, 1, 1), strict=True):
         parts = list(itertools.islice(order, count))
         integers, scales, zeros = unpacked(node)
         assert node.attributes["bits"].value == CONTAINER[bits]
@@ -227,7 +227,7 @@ def test_the_gate_names_a_corrupted_scale(tmp_path: Path, monkeypatch: pytest.Mo
 
     def damaged(source: Path, folder: Path, *args: Any) -> Any:
         built = good(source, folder, *args)
-        scales = nodes(folder)[8].inputs[2].const_value  # block 2, q+k+v
+        scales = nodes(folder)[10].inputs[2].const_value  # block 2, q+k+v
         assert isinstance(scales, ir.ExternalTensor)
         values = scales.numpy().copy()
         values[:, 0] *= 1.5
