@@ -1,12 +1,12 @@
-"""Where a decode step's time goes: its matrices alone, from memory and from the cache, and the rest.
+"""Where a decode step's time goes: matrices from memory, from the cache, and the rest.
 
     python benchmarks/decode.py FOLDER ... [--threads 1,2] [--repeats 3]
 
-FOLDER holds a decoder graph. For each thread count, with pages of 4 KB and of 2 MB: a step behind 64
-tokens, as `compress generate` runs it; its products with matrices alone, one after the other, so
-that weights come from memory; the same, each repeated, so that they come from the cache; and what
-the bytes that a token reads would take if memory were all. Milliseconds, medians of fresh processes
-in turns; a process gives the median of its steps.
+FOLDER holds a decoder graph. For each thread count, with pages of 4 KB and of 2 MB: a step behind
+64 tokens, as `compress generate` runs it; its products with matrices alone, one after the other, so
+that weights come from memory; the same, each repeated, so that they come from the cache (a head
+from the last one); what the weights that a token reads would take if memory were all; and what a
+step takes beyond its products. Milliseconds, medians of fresh processes in turns.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from compressor.runtimes.session import MODEL
 FLOAT = ir.DataType.FLOAT
 PROMPT, STEPS, MATRICES = 64, 32, ("MatMulNBits", "FusedMatMul")
 HEADER = """\
-| graph | threads | pages | step | matrices from memory | from the cache | bytes / bandwidth | rest |
+| graph | threads | pages | step | matrices | from the cache | bytes / bandwidth | rest |
 |---|---|---|---|---|---|---|---|
 """
 
@@ -93,14 +93,18 @@ def _width(node: ir.Node) -> int:
     return int(node.attributes["K"].value if "K" in node.attributes else weight.shape[1])
 
 
+def whole(folder: Path, threads: int) -> Callable[[], Any]:
+    """A step of the whole graph behind a prompt."""
+    runtime = Target(folder, "onnxruntime").open("cpu", threads)
+    runtime.prefill(np.random.default_rng(0).integers(1000, size=PROMPT).tolist())
+    return lambda: runtime.step(5)
+
+
 def measure(folder: Path, threads: int, huge: bool) -> dict[str, float]:
     """All of one row, in this process."""
     if not huge:
         onnx_runtime.use_huge_pages = lambda: None
-    runtime = Target(folder, "onnxruntime").open("cpu", threads)
-    runtime.prefill(np.random.default_rng(0).integers(1000, size=PROMPT).tolist())
-    step = milliseconds(lambda: runtime.step(5), STEPS)
-    del runtime
+    step = milliseconds(whole(folder, threads), STEPS)
     nodes = [n for n in ir.load(folder / MODEL).graph if n.op_type in MATRICES]
     shapes = [str([v.shape for v in n.inputs[1:] if v]) for n in nodes]
     matrices = milliseconds(alone(folder, list(range(len(nodes))), threads, huge), STEPS)
