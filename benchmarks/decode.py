@@ -143,7 +143,7 @@ def main(folders: tuple[Path, ...], threads: str, repeats: int) -> None:
     for (folder, count, huge), all_ in found.items():
         middle = [f"{statistics.median(one[k] for one in all_):.1f}" for k in all_[0]]
         pages = "2 MB" if huge else "4 KB"
-        click.echo(f"| {folder.name} | {count} | {pages} | {' | '.join(middle)} |")
+        click.echo(f"| {folder} | {count} | {pages} | {' | '.join(middle)} |")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from compressor.export import ExportParams
 from compressor.export import onnx as onnx_export
 from compressor.export.decoder_graph import build
 from compressor.export.graph import MODEL
-from compressor.export.nbits import CONTAINER, block_size, pack, round_to_nearest
+from compressor.export.nbits import CONTAINER, block_size, check_widths, pack, round_to_nearest
 from compressor.layouts import Codes, Packed
 from tests.tiny import save_tiny, save_tokenizer, tokens
 
@@ -256,6 +256,17 @@ def test_a_rounded_head_is_stored_once_and_passes_the_gate(
     assert stored == rows * columns * bits // 8 + rows * columns // 32 * 4
     codes = round_to_nearest(model.lm_head.weight, bits)
     np.testing.assert_array_equal(unpacked(nodes(tmp_path / "onnx")[0])[0], codes.integers)
+
+
+@pytest.mark.parametrize(
+    ("containers", "level", "said"), [({8, 4}, 0, "8-bit"), ({2, 8}, 0, "2 and 8-bit"),
+                                      ({4}, 0, ""), ({2, 8}, 4, ""), (set(), 0, "")]
+)  # fmt: skip
+def test_widths_that_are_unpacked_every_time_are_told(
+    containers: set[int], level: int, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    check_widths(containers, level)
+    assert [r.getMessage().partition(" integers")[0] for r in caplog.records] == [said] * bool(said)
 
 
 def test_rounding_errs_by_half_a_step_or_one_at_the_end() -> None:
