@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+_COLLAPSE = 25  # MADV_COLLAPSE of Linux 6.1, which Python has no name for
+_HUGE = 2 * 2**20
+
 
 def reset_peak() -> None:
     """Start measuring peak memory anew, where the system allows it (Linux)."""
@@ -32,6 +35,24 @@ def release() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim:
         trim(0)
+
+
+def use_huge_pages() -> None:
+    """Gather this process's own memory into pages of 2 MB, where Linux does that when told to.
+
+    Weights that a step streams through are then read faster: fewer address translations miss, and
+    the processor's prefetching, which ends with a page, runs longer.
+    """
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return
+    madvise = ctypes.CDLL(None).madvise
+    for line in maps.read_text().splitlines():
+        span, mode, _, _, inode = line.split()[:5]
+        first, last = (int(end, 16) for end in span.split("-"))
+        first, last = -(-first // _HUGE) * _HUGE, last // _HUGE * _HUGE
+        if mode == "rw-p" and inode == "0" and first < last:  # refused is as good as not asked
+            madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _COLLAPSE)
 
 
 def from_proc(path: str, name: str) -> int:

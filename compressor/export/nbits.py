@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 from compressor.errors import ExportError
 from compressor.layouts import Codes
 from compressor.runtimes.session import load_onnxruntime
+
+log = logging.getLogger(__name__)
 
 CONTAINER = {2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}
 """Width of the operator that holds integers of each width."""
@@ -141,8 +144,11 @@ def _rounded(weight: Tensor, bits: int, block: int) -> tuple[Tensor, Tensor]:
     return levels.flatten(1).to(torch.int8), scale.squeeze(-1)
 
 
-def check_widths(containers: set[int]) -> None:
-    """Raises `ExportError` where the installed onnxruntime is too old for a width."""
+def check_widths(containers: set[int], accuracy_level: int) -> None:
+    """Raises `ExportError` where the installed onnxruntime is too old for a width.
+
+    Warns of widths that its CPU kernels do not multiply at the level but unpack every time.
+    """
     version: str = load_onnxruntime().__version__
     found = tuple(map(int, version.split(".")[:2]))
     for bits in sorted(containers):
@@ -153,3 +159,10 @@ def check_widths(containers: set[int]) -> None:
                 f"run: pip install -U 'onnxruntime>={needed}', or set export.formats to "
                 "[safetensors]"
             )
+    unpacked = sorted(containers - {4})
+    if unpacked and not accuracy_level:
+        log.warning(
+            "%s-bit integers at accuracy_level 0: on the CPU every product unpacks them first, "
+            "many times slower than at 4; set export.accuracy_level to 4",
+            " and ".join(map(str, unpacked)),
+        )

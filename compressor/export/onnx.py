@@ -93,7 +93,9 @@ def _way(checkpoint: Checkpoint, params: ExportParams) -> str:
             f"{source}: some sublayers run with another block's weights, which the graph does not "
             "hold yet; export safetensors only, or prune without re-use"
         )
-    check_widths({CONTAINER[layout.bits] for _, layout in DenseReader(source).layouts})
+    widths = {CONTAINER[layout.bits] for _, layout in DenseReader(source).layouts}
+    widths |= {params.head_bits} if params.head_bits else set()
+    check_widths(widths, params.accuracy_level)
     offered = load_onnxruntime().get_available_providers()
     if params.onnx_dtype == "bfloat16" and CUDA not in offered:
         raise ExportError(

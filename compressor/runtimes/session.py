@@ -89,10 +89,12 @@ class Session:
         self.past = _sizes(folder, {i.name: i.shape for i in past})
 
     def empty_cache(self, batch: int = 1, length: int = 0) -> Cache:
-        """A KV cache without entries, with room for `length` of them."""
+        """A KV cache without entries, with room for `length` of them, side by side in memory."""
+        sizes = [batch * heads * length * channels for heads, channels in self.past.values()]
+        parts = np.split(np.zeros(sum(sizes), self.dtype), np.cumsum(sizes)[:-1])
         return {
-            name: np.zeros((batch, heads, length, channels), self.dtype)
-            for name, (heads, channels) in self.past.items()
+            name: part.reshape(batch, heads, length, channels)
+            for part, (name, (heads, channels)) in zip(parts, self.past.items(), strict=True)
         }
 
     def run(
@@ -170,7 +172,10 @@ def _value(array: np.ndarray) -> Any:
 
 
 def to_array(value: Any) -> np.ndarray:
-    """A copy of onnxruntime's value; bfloat16, which must be on the CPU, as its bits."""
+    """Onnxruntime's value, in its own memory where numpy has the type; bfloat16 as its bits.
+
+    A value in bfloat16 must be on the CPU.
+    """
     if value.element_type() != BFLOAT16:
         array: np.ndarray = value.numpy()
         return array
