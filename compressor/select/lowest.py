@@ -49,6 +49,7 @@ def lowest_units(
 def fixed(
     scores: Scores,
     *,
+    num_blocks: int | None = None,
     blocks: tuple[int, ...],
     attention: tuple[int, ...] = (),
     ffn: tuple[int, ...] = (),
@@ -58,9 +59,14 @@ def fixed(
     """Remove exactly the listed blocks and sublayers; negative indices count from the end.
 
     A block that loses both sublayers goes whole; `reuse_*` let blocks run with the weights of
-    others' sublayers. Raises `SelectionError` for one listed twice and for such pairs of which
-    one is gone.
+    others' sublayers. Raises `SelectionError` for a list made for another `num_blocks`, for one
+    listed twice and for such pairs of which one is gone.
     """
+    if num_blocks not in (None, scores.num_blocks):
+        raise SelectionError(
+            f"the selection is for a model of {num_blocks} blocks, but this one has "
+            f"{scores.num_blocks}; score and select again on this model"
+        )
     lists = {"blocks": blocks, "attention": attention, "ffn": ffn}
     gone = {kind: protected(scores.num_blocks, listed) for kind, listed in lists.items()}
     for kind, listed in lists.items():
