@@ -37,7 +37,7 @@ def lowest_units(
     scores: Scores, n: int, score: str, part: Part, protect: tuple[int, ...]
 ) -> list[Unit]:
     """The n lowest units by a score, the lowest first; raises `SelectionError`."""
-    free = free_units(n, scores.num_blocks, part, protect)
+    free = free_units(scores, n, part, protect)
     for kind in sorted({kind for kind, _ in all_units(1, part)}):
         known = getattr(scores, kind)
         if score not in known:
@@ -73,7 +73,7 @@ def fixed(
         if len(gone[kind]) != len(listed):
             raise SelectionError(f"{kind}: a block is listed twice in {list(listed)}")
     whole = gone["blocks"] | (gone["attention"] & gone["ffn"])
-    free_units(len(whole), scores.num_blocks, "block", ())
+    free_units(scores, len(whole), "block", ())
     units = [("block", i) for i in whole]
     units += [(kind, i) for kind in ("attention", "ffn") for i in gone[kind] - whole]
     dropped = cut(scores.num_blocks, units, "the list that was given").model_dump()
