@@ -167,6 +167,7 @@ def prune(selection: Path | None = None, **params: Any) -> dict[str, Any]:
     if selection:
         chosen = Selection.load(selection)
         parts = {kind: getattr(chosen, f"drop_{kind}") for kind in _OWN}
+        parts["num_blocks"] = chosen.num_blocks
         parts |= {"reuse_attention": chosen.reuse_attention, "reuse_ffn": chosen.reuse_ffn}
     return {"stages": [{"select": {"method": "fixed", **parts}}, {"prune": params}]}
 

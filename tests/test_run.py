@@ -17,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from compressor.memory import import_for_good
+from compressor.records import Selection
 from pipelines import table
 from tests.command_line import CODE, compress, start
 from tests.tiny import save_project
@@ -48,6 +49,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = compress(folder, "run", "tiny.yaml", "--json")
     assert result.returncode == 0, result.stderr
     (folder / "first.json").write_text(result.stdout)
+    Selection(num_blocks=30, drop_blocks=[1, 2]).save(folder / "deeper.json")
     return folder
 
 
@@ -236,6 +238,7 @@ def test_pruning_weights_and_widths_from_the_command_line(project: Path) -> None
         (["prune", "model", "--method", "wanda", "--blocks", "1"], 2, "takes no selection"),
         (["prune", "model", "--method", "wandda"], 1, "did you mean 'wanda'"),
         (["prune", "model", "--blocks", "7"], 1, "do not exist in a model of 4"),
+        (["prune", "model", "--selection", "deeper.json"], 1, "a model of 30 blocks, but this one"),
         (["score", "model", "--method", "lampp"], 1, "did you mean 'lamp'"),
         (["quantize", "model", "--group-size", "16"], 1, "add text.calibration"),
         (["show", "tny"], 1, "did you mean 'tiny'"),
