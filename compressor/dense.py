@@ -16,6 +16,9 @@ from compressor.layouts import Codes, Gptq, Packed
 GPTQ_VERSIONS = {"gptq": 1, "gptq_v2": 2}
 """`checkpoint_format` of GPTQ files."""
 
+_BY_COLUMN = ("group", "dynamic")
+"""`actorder` of compressed-tensors with a group of its own for every input."""
+
 Layouts = list[tuple[list[str], Packed | Gptq]]
 """Targets (a name, `re:` and a pattern, or `Linear` for all) and how those are stored."""
 
@@ -35,7 +38,7 @@ class DenseReader:
         family = native_config(self.config).get("model_type", "")
         self._renamed = RENAMED_ON_DISK.get(family, {})
         quantization = self.config.get("quantization_config")
-        self.layouts = _layouts(self.checkpoint.folder, quantization) if quantization else []
+        self.layouts = _layouts(self.checkpoint, quantization) if quantization else []
 
     def has(self, name: str) -> bool:
         """Whether a weight of this name can be read."""
@@ -77,10 +80,16 @@ class DenseReader:
         return None
 
 
-def _layouts(folder: Path, quantization: dict[str, Any]) -> Layouts:
+def _layouts(checkpoint: Checkpoint, quantization: dict[str, Any]) -> Layouts:
     method, form = quantization.get("quant_method"), quantization.get("format")
     if (method, form) == ("compressed-tensors", "pack-quantized"):
         groups = [(g["targets"], g["weights"]) for g in quantization["config_groups"].values()]
+        ordered = any(w.get("actorder") in _BY_COLUMN for _, w in groups)
+        if ordered or any(name.endswith(".weight_g_idx") for name in checkpoint.names):
+            raise CheckpointError(
+                f"{checkpoint.folder}: its weight_g_idx reorders the inputs (actorder: group), "
+                "which is not read; quantize again with actorder: static"
+            )
         return [(t, Packed(w["num_bits"], w.get("symmetric", True))) for t, w in groups]
     form = quantization.get("checkpoint_format", form) or "gptq"
     if method == "gptq" and form in GPTQ_VERSIONS:
@@ -90,8 +99,8 @@ def _layouts(folder: Path, quantization: dict[str, Any]) -> Layouts:
         default, version = quantization["bits"], GPTQ_VERSIONS[form]
         return [([target], Gptq(bits or default, version)) for target, bits in widths]
     raise CheckpointError(
-        f"{folder}: quantization {method}/{form} is not read; start from the dense checkpoint, "
-        "or one in compressed-tensors pack-quantized or GPTQ"
+        f"{checkpoint.folder}: quantization {method}/{form} is not read; start from the dense "
+        "checkpoint, or one in compressed-tensors pack-quantized or GPTQ"
     )
 
 

@@ -82,14 +82,24 @@ class Packed:
         return tensors
 
     def read(self, tensors: Tensors) -> Codes:
-        """The codes that `tensors` hold."""
+        """The codes that `tensors` hold; raises `CheckpointError` for words of another packing."""
         scale, shape = tensors["weight_scale"], torch.Size(tensors["weight_shape"].tolist())
+        self._check(self.key, tensors, (shape[0], math.ceil(shape[1] * self.bits / 32)))
         integers = unpack_from_int32(tensors[self.key], self.bits, shape)
         zero_point = None
         if not self.symmetric:
             packed = tensors["weight_zero_point"]
+            words = math.ceil(scale.shape[0] * self.bits / 32)
+            self._check("weight_zero_point", tensors, (words, scale.shape[1]))
             zero_point = unpack_from_int32(packed, self.bits, scale.shape, packed_dim=0)
         return Codes(integers, scale, zero_point)
+
+    def _check(self, name: str, tensors: Tensors, shape: tuple[int, int]) -> None:
+        if (got := tuple(tensors[name].shape)) != shape:
+            raise CheckpointError(
+                f"its {name} is {got}, expected {shape} for {self.bits} bits; compressed-tensors "
+                "before 0.18 packed 3, 5 and 6 bits otherwise: quantize again with a later one"
+            )
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from compressor.errors import ConfigError, NotApplicable, SelectionError, did_yo
 from compressor.records import Scores, Selection
 from pipelines.config import RunConfig, StageConfig, methods
 from pipelines.leaderboard import describe
-from pipelines.plan import Stage, plan_choices
+from pipelines.plan import VERSIONS, Stage, plan_choices
 from pipelines.run import OnEvent, ensure, pin
 
 FORMAT = 1
@@ -142,4 +142,5 @@ def _trial(selection: Selection, inputs: Mapping[str, Stage]) -> Stage:
         "quality",
         selection.model_dump(mode="json", include=_TRIED),
         {"checkpoint": inputs["model"], "evaluation": inputs["text evaluation"]},
+        version=VERSIONS["trial"],
     )

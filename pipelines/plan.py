@@ -21,6 +21,12 @@ ROLES = ("evaluation", "calibration", "healing")
 CHECKPOINTS = ("model", "prune", "heal", "quantize")
 """Verbs whose output is a checkpoint; each is followed by its evaluation."""
 
+VERSIONS = {"model": 1, "text": 1, "trial": 1}
+"""Of the stages that are in no method table; one rises whenever its numbers change."""
+
+_MEASURED_BY = ("gptq", "rtn")
+"""Quantizers that costs are measured with."""
+
 _MAKES = {"score": "scores", "select": "selection", "allocate": "bits"}
 """What the verbs that write no checkpoint make; it is spent when the checkpoint changes."""
 
@@ -152,7 +158,9 @@ class _Planner:
         # A parent's own, so that all models cut from it have the same windows.
         inputs = {"tokenizer": self.latest.get("unpruned", self.latest["original"])}
         inputs |= {earlier: self.latest[earlier] for earlier in ROLES if earlier in self.latest}
-        self.latest[role] = self._add(Stage("text", f"text {role}", "windows", params, inputs))
+        self.latest[role] = self._add(
+            Stage("text", f"text {role}", "windows", params, inputs, version=VERSIONS["text"])
+        )
 
     def add_first_evaluations(self) -> None:
         if self.head.reference:
@@ -235,6 +243,7 @@ class _Planner:
     def _costs(self, asked: StageConfig, roles: set[str]) -> Stage:
         """The stage that measures costs for an allocate stage; one for all budgets."""
         ((name, params),) = asked.methods.items()
+        used = [methods("allocate")[name], *(methods("quantize")[each] for each in _MEASURED_BY)]
         stage = Stage(
             verb="costs",
             label=self._label("costs"),
@@ -242,7 +251,7 @@ class _Planner:
             params={name: params.model_dump(mode="json", exclude={*BUDGET})},
             inputs=self._inputs("allocate", roles),
             methods=asked.methods,
-            version=methods("allocate")[name].version,
+            version=sum(row.version for row in used),
         )
         return self._once(stage)
 
@@ -279,7 +288,7 @@ class _Planner:
 
     def _import(self, label: str, source: ModelSource) -> Stage:
         params = {"fingerprint": self.pins[label], "dtype": source.dtype}
-        return self._add(Stage("model", label, "import", params))
+        return self._add(Stage("model", label, "import", params, version=VERSIONS["model"]))
 
     def _add(self, stage: Stage) -> Stage:
         self.done.append(stage)

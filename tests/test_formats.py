@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from compressor.checkpoint import Checkpoint
+from compressor.checkpoint import Checkpoint, write_json
 from compressor.decoder import Decoder
 from compressor.dense import DenseReader
 from compressor.errors import CheckpointError, QuantizationError
@@ -113,6 +114,34 @@ def test_a_column_order_is_refused() -> None:
     tensors["g_idx"] = tensors["g_idx"].flip(0)
     with pytest.raises(CheckpointError, match="desc_act"):
         layout.read(tensors)
+
+
+@pytest.mark.parametrize("bits", [3, 5, 6])
+def test_words_without_straddling_elements_are_refused(bits: int) -> None:
+    """compressed-tensors to 0.17 put floor(32 / b) elements into a word."""
+    wanted, layout = codes(32, 32, bits, 2, symmetric=False), Packed(bits, symmetric=False)
+    tensors = dict(layout.write(wanted))
+    words = -(-32 // (32 // bits))
+    for name, shape in (("weight_packed", (32, words)), ("weight_zero_point", (words, 2))):
+        old = tensors | {name: torch.zeros(shape, dtype=torch.int32)}
+        with pytest.raises(CheckpointError, match=f"its {name} is .* before 0.18"):
+            layout.read(old)
+
+
+@pytest.mark.parametrize("said", ["in the config", "by a tensor"])
+def test_groups_of_reordered_inputs_are_refused(said: str, tmp_path: Path) -> None:
+    _, out = written(tmp_path, "llama", RtnParams(bits=4, group_size=16))
+    checkpoint = Checkpoint(out)
+    config, tensors = checkpoint.config, {n: checkpoint.tensor(n) for n in checkpoint.names}
+    if said == "in the config":
+        (group,) = config["quantization_config"]["config_groups"].values()
+        group["weights"]["actorder"] = "group"
+    else:
+        tensors["model.layers.0.self_attn.q_proj.weight_g_idx"] = torch.arange(32) % 2
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    write_json(out / "config.json", config)
+    with pytest.raises(CheckpointError, match="actorder: group"):
+        DenseReader(out)
 
 
 def in_memory(source: Path, params: RtnParams) -> tuple[Any, dict[str, QuantizedWeight]]:

@@ -13,7 +13,7 @@ import pytest
 
 from compressor.errors import ConfigError
 from pipelines.config import methods, parse
-from pipelines.plan import Stage, plan
+from pipelines.plan import VERSIONS, Stage, plan
 
 PINS = {
     "model": "sha256:m",
@@ -133,6 +133,26 @@ def test_a_version_reaches_only_what_depends_on_it(monkeypatch: pytest.MonkeyPat
     newer = dataclasses.replace(table[name], version=table[name].version + 1)
     monkeypatch.setitem(table, name, newer)
     assert changed(before, stages()) == ["quantize", "evaluate quantize", "export"]
+
+
+@pytest.mark.parametrize("name", ["gptq", "rtn"])
+def test_costs_follow_the_quantizers_they_are_measured_with(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = [{"allocate": {"average_bits": 3}}]
+    before, table = stages(stages=asked), methods("quantize")
+    newer = dataclasses.replace(table[name], version=table[name].version + 1)
+    monkeypatch.setitem(table, name, newer)
+    assert changed(before, stages(stages=asked)) == ["costs", "allocate"]
+
+
+def test_stages_without_a_method_table_have_versions_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = stages()
+    monkeypatch.setitem(VERSIONS, "text", VERSIONS["text"] + 1)
+    assert changed(before, stages())[:2] == ["text evaluation", "text calibration"]
+    before = stages()
+    monkeypatch.setitem(VERSIONS, "model", VERSIONS["model"] + 1)
+    assert len(changed(before, stages())) == len(before)
 
 
 def test_the_order_of_scores_does_not_count() -> None:
