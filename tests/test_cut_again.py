@@ -35,7 +35,9 @@ BUDGETS: dict[str, list[dict[str, Any]]] = {
     "joint": [{"n": 3}, {"n": 3, "score": "taylor"}],
     "fixed": [{"attention": (2,), "ffn": (1,)}],
     "clasp": [{"n": 1}],
-    "sleb": [{"n": 2, "part": p, "protect": ()} for p in ("block", "attention", "ffn", "sublayers")],
+    "sleb": [
+        {"n": 2, "part": p, "protect": ()} for p in ("block", "attention", "ffn", "sublayers")
+    ],
     "swap": [{"n": 2, "part": "sublayers", "score": "taylor", "max_masks": 20}],
     "evolution": [{"n": 2, "part": "sublayers", "score": "taylor", "max_masks": 20}],
     "skrr": [{"n": 3, "beam": 2, "reuse": reuse} for reuse in (False, True)],
@@ -73,9 +75,6 @@ def test_every_score_scores_what_is_left(model: tuple[Path, Scores]) -> None:
     influence = found.block["block_influence"]  # of the branch that is left, where one is
     assert found.ffn["sublayer_cosine"][1] == pytest.approx(influence[1], rel=1e-6)
     assert found.attention["sublayer_cosine"][2] == pytest.approx(influence[2], rel=1e-6)
-    assert found.ffn["ffn_saturation"][1] == pytest.approx(
-        found.ffn["sublayer_cosine"][1], abs=0.2
-    )
     relevance = found.attention["relevance"] + found.ffn["relevance"]
     assert sum(relevance) == pytest.approx(1)
 

@@ -238,6 +238,7 @@ def test_pruning_weights_and_widths_from_the_command_line(project: Path) -> None
         (["prune", "model", "--method", "wanda", "--blocks", "1"], 2, "takes no selection"),
         (["prune", "model", "--method", "wandda"], 1, "did you mean 'wanda'"),
         (["prune", "model", "--blocks", "7"], 1, "do not exist in a model of 4"),
+        (["prune", "model", "--ffn", "0,3-1"], 1, "--ffn 0,3-1: 3-1 ends before it begins"),
         (["prune", "model", "--selection", "deeper.json"], 1, "a model of 30 blocks, but this one"),
         (["score", "model", "--method", "lampp"], 1, "did you mean 'lamp'"),
         (["quantize", "model", "--group-size", "16"], 1, "add text.calibration"),
