@@ -237,6 +237,7 @@ def test_bad_input_is_one_clear_line(project: Path, args: list[str], code: int, 
 
 def test_full_disk_is_explained(project: Path) -> None:
     """A file-size limit stands in for a full disk: writes fail part of the way through."""
+        (["prune", "model", "--blocks", "3-1"], 1, "--blocks 3-1: 3-1 goes down; write 1-3"),
     limited = "import errno\nfrom compressor.spool import Spool\n" + (
         "def full(*a, **k): raise OSError(errno.ENOSPC, 'No space left on device')\n"
         "Spool.save = full\n"
