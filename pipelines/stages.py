@@ -17,6 +17,7 @@ from compressor.blocks import Blocks
 from compressor.checkpoint import write_json
 from compressor.decoder import Decoder, skeleton
 from compressor.heal import TEACHER, TrainingParams
+from compressor.prune.sublayers import blocks_left
 from compressor.quantize import GridParams
 from compressor.quantize.teacher import Teacher
 from compressor.records import BitPlan, Scores, Selection
@@ -185,11 +186,8 @@ def _teacher(job: Job, roles: tuple[str, ...]) -> Teacher | None:
     if not roles:
         return None
     folder = job.inputs[roles[0]]
-    kept = list(range(len(Blocks(skeleton(folder)))))
-    for cut in (folder for role, folder in job.inputs.items() if role.startswith("cut ")):
-        gone = set(Selection.load(cut / SELECTION).drop_blocks)
-        kept = [block for index, block in enumerate(kept) if index not in gone]
-    return Teacher(folder, kept)
+    cuts = [made for role, made in job.inputs.items() if role.startswith("cut ")]
+    return Teacher(folder, blocks_left(folder, (Selection.load(c / SELECTION) for c in cuts)))
 
 
 def export(job: Job) -> dict[str, Any]:
