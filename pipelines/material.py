@@ -8,6 +8,8 @@ from typing import Any
 from safetensors.torch import save_file
 
 from compressor.checkpoint import write_json
+from compressor.errors import ConfigError
+from compressor.fetch import pinned
 from compressor.model import load_tokenizer, materialise
 from compressor.text import windows
 from pipelines.plan import ROLES, text_source
@@ -18,7 +20,8 @@ WINDOWS, TEXT = "windows.safetensors", "text.json"
 
 def model(job: Job) -> dict[str, Any]:
     """Import a source as a Hugging Face folder."""
-    return materialise(job.config.head.models[job.stage.label], job.out)
+    source = job.config.head.models[job.stage.label]
+    return materialise(pinned(source, job.stage.params["fingerprint"]), job.out)
 
 
 def text(job: Job) -> dict[str, Any]:
@@ -32,7 +35,7 @@ def text(job: Job) -> dict[str, Any]:
         record = json.loads((job.inputs[earlier] / TEXT).read_text())
         used, hashes = record["used"], frozenset(record["hashes"])
     found = windows(
-        source,
+        pinned(source, job.stage.params["fingerprint"]),
         load_tokenizer(job.inputs["tokenizer"]),
         getattr(job.config.head.text, role),
         seed=job.config.head.seed,
