@@ -11,6 +11,7 @@ from compressor.checkpoint import write_json
 from compressor.errors import ConfigError
 from compressor.fetch import pinned
 from compressor.model import load_tokenizer, materialise
+from compressor.runtimes.base import Facts
 from compressor.text import windows
 from pipelines.plan import ROLES, text_source
 from pipelines.run import Job
@@ -27,8 +28,14 @@ def model(job: Job) -> dict[str, Any]:
 def text(job: Job) -> dict[str, Any]:
     """Cut one role's windows, apart from those of the roles before it."""
     role = job.stage.params["role"]
-    source = text_source(job.config, role)
+    source, spec = text_source(job.config, role), getattr(job.config.head.text, role)
     assert source is not None
+    context = Facts.of(job.inputs["tokenizer"]).context
+    if context is not None and spec.length > context:
+        raise ConfigError(
+            f"text.{role}.length: {spec.length} tokens, but the model reads at most {context}; "
+            f"set it (--length) to {context} or less"
+        )
     used: dict[str, int] = {}
     hashes: frozenset[str] = frozenset()
     for earlier in (r for r in ROLES if r in job.inputs):
@@ -37,7 +44,7 @@ def text(job: Job) -> dict[str, Any]:
     found = windows(
         pinned(source, job.stage.params["fingerprint"]),
         load_tokenizer(job.inputs["tokenizer"]),
-        getattr(job.config.head.text, role),
+        spec,
         seed=job.config.head.seed,
         used=used,
         hashes=hashes,

@@ -228,6 +228,7 @@ def test_bad_input_is_one_clear_line(project: Path, args: list[str], code: int, 
     result = compress(project, *args)
     assert result.returncode == code, result.stderr
     assert said in result.stderr
+        (["run", "tiny.yaml", "--set", "text.healing.length=129"], 1, "reads at most 128; set it"),
     assert "Traceback" not in result.stderr
     errors = [line for line in result.stderr.splitlines() if line.lower().startswith("error")]
     assert len(errors) == 1
