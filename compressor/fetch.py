@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
-from typing import TypeVar
 from pathlib import Path
+from typing import TypeVar
 
 from compressor.errors import SourceError
+from compressor.files import write_whole
 from compressor.sources import ModelSource, TextSource, file_digest, package_file
 
 S = TypeVar("S", ModelSource, TextSource)
@@ -82,10 +82,7 @@ def _digest(path: Path) -> str:
         known = {}
     if entry not in known:
         known[entry] = file_digest(path)
-        memo.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=memo.parent, delete=False) as file:
-            json.dump(known, file)
-        os.replace(file.name, memo)
+        write_whole(memo, json.dumps(known))
     return known[entry]
 
 

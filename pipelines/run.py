@@ -16,6 +16,7 @@ from typing import Any, Literal
 from compressor.artifact import Manifest, Store
 from compressor.errors import ArtifactError, ConfigError, did_you_mean
 from compressor.fetch import fingerprint_model, fingerprint_text
+from compressor.files import write_whole
 from compressor.memory import peak, reset_peak
 from compressor.methods import Params
 from pipelines import ranks
@@ -248,10 +249,7 @@ def _record(config: RunConfig, stages: list[Stage], store: Store) -> dict[str, A
     if ranks.rank():
         return record
     path = store.root.parent / "runs" / f"{config.head.name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(f".{os.getpid()}.tmp")
-    draft.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(draft, path)
+    write_whole(path, json.dumps(record, indent=1) + "\n")
     return record
 
 

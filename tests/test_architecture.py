@@ -30,6 +30,7 @@ LAYERS = (
         "methods",
         "sources",
         "sparsity",
+        "files",
         "shallow",
         "memory",
         "spool",

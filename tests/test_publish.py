@@ -319,7 +319,7 @@ def test_what_was_not_proved_is_refused(project: Path, tmp_path: Path, hub: HubS
 
     refused(PublishError, "made by 'quantize'.*compress export", folders["quantize"])
     refused(ArtifactError, f"no manifest.json.*give {bad}", bad / "onnx")
-    refused(ArtifactError, "no such run.*'tiny'", "tini")
+    refused(ArtifactError, "neither a folder nor a run in .*'tiny'", "tini")
     with (bad / "onnx/model.onnx").open("ab") as file:
         file.write(b"0")
     refused(PublishError, "1 file.*model.onnx: its sha256 is not", bad)
