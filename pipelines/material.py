@@ -13,8 +13,8 @@ from compressor.fetch import pinned
 from compressor.model import load_tokenizer, materialise
 from compressor.runtimes.base import Facts
 from compressor.text import windows
+from pipelines.job import Job
 from pipelines.plan import ROLES, text_source
-from pipelines.run import Job
 
 WINDOWS, TEXT = "windows.safetensors", "text.json"
 
