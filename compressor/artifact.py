@@ -14,6 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from compressor.errors import ArtifactError
-from compressor.sources import file_digest
+from compressor.sources import file_digest, remembered_digest
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -146,16 +147,17 @@ class Store:
         # An imported artifact's own manifest is a link here, and must not be written through.
         (draft / MANIFEST).unlink(missing_ok=True)
         paths = sorted(p for p in draft.rglob("*") if p.is_file())
-        files = [
-            FileEntry(
-                path=str(p.relative_to(draft)), size_bytes=p.stat().st_size, sha256=file_digest(p)
-            )
-            for p in paths
-        ]
+        with ThreadPoolExecutor() as pool:
+            digests = pool.map(_sealed, paths)
+            files = [
+                FileEntry(
+                    path=str(p.relative_to(draft)), size_bytes=p.stat().st_size, sha256=digest
+                )
+                for p, digest in zip(paths, digests, strict=True)
+            ]
         text = manifest.model_copy(update={"files": files}).model_dump_json(indent=1)
         (draft / MANIFEST).write_text(text + "\n", encoding="utf-8")
-        for path in [*paths, draft / MANIFEST]:
-            _sync(path)
+        _sync(draft / MANIFEST)
         target = self.folder(manifest.stage, manifest.key)
         if target.exists():
             os.replace(target, self._replaced(manifest.key))
@@ -201,6 +203,15 @@ def verify(folder: Path) -> list[str]:
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else -1
+
+
+def _sealed(path: Path) -> str:
+    """The sha256 of a file that is then on the disk; a link's is that which pinned its source."""
+    if path.is_symlink():
+        return remembered_digest(path)
+    digest = file_digest(path)
+    _sync(path)
+    return digest
 
 
 def _sync(path: Path) -> None:

@@ -98,6 +98,13 @@ class Blocks:
         """The matrices of a block's feed-forward by full name."""
         return _linears(self.ffn(index))
 
+    @property
+    def absent(self) -> dict[str, list[int]]:
+        """Per kind of sublayer, the blocks that have none of their own, where there are such."""
+        kinds = {"attention": self.attention, "ffn": self.ffn}
+        found = {kind: [i for i in range(len(self)) if not of(i)] for kind, of in kinds.items()}
+        return {kind: indices for kind, indices in found.items() if indices}
+
     def _children(self, index: int, names: tuple[str, ...]) -> dict[str, nn.Module]:
         block = self.layers[index]
         return {

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from pathlib import Path
 from typing import TypeVar
 
 from compressor.errors import SourceError
-from compressor.files import write_whole
-from compressor.sources import ModelSource, TextSource, file_digest, package_file
+from compressor.sources import ModelSource, TextSource, package_file, remembered_digest
 
 S = TypeVar("S", ModelSource, TextSource)
 
@@ -38,8 +36,8 @@ def fingerprint_model(source: ModelSource) -> str:
         return f"hub:{_commit('model', source.hub, source.revision)}"
     path = locate_model(source)
     if path.is_file():
-        return f"sha256:{_digest(path)}"
-    listing = "".join(f"{p.name} {_digest(p)}\n" for p in model_files(path))
+        return f"sha256:{remembered_digest(path)}"
+    listing = "".join(f"{p.name} {remembered_digest(p)}\n" for p in model_files(path))
     return f"sha256:{hashlib.sha256(listing.encode()).hexdigest()}"
 
 
@@ -47,7 +45,7 @@ def fingerprint_text(source: TextSource) -> str:
     """What pins a text: the hub commit, or the hash of its file."""
     if source.dataset:
         return f"hub:{_commit('dataset', source.dataset, source.revision)}"
-    return f"sha256:{_digest(locate_text(source))}"
+    return f"sha256:{remembered_digest(locate_text(source))}"
 
 
 def pinned(source: S, fingerprint: str) -> S:
@@ -69,21 +67,6 @@ def _local(path: str | None, package: str | None, file: str | None, hint: str) -
     if not found.exists():
         raise SourceError(f"{path}: no such file or folder ({hint})")
     return found
-
-
-def _digest(path: Path) -> str:
-    """Sha256 of a file, remembered by (path, size, mtime) so that planning stays instant."""
-    memo = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "compress/sha256.json"
-    stat = path.stat()
-    entry = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
-    try:
-        known: dict[str, str] = json.loads(memo.read_text())
-    except (OSError, ValueError):
-        known = {}
-    if entry not in known:
-        known[entry] = file_digest(path)
-        write_whole(memo, json.dumps(known))
-    return known[entry]
 
 
 def _download(hub: str, revision: str | None) -> Path:

@@ -47,6 +47,7 @@ class Scores(Record):
         distances: angular distance d(l, n) in units of pi, in [0, 1], as
             distances[n - 1][l] for l = 0..L-n; empty when not asked for.
         unavailable: per method that this model cannot give, why.
+        absent: per kind of sublayer, the blocks that have none of their own; it scores 0 there.
     """
 
     num_blocks: int = Field(gt=0)
@@ -57,6 +58,12 @@ class Scores(Record):
     depth: dict[str, list[float]] = {}
     distances: list[list[float]] = []
     unavailable: dict[str, str] = {}
+    absent: dict[Literal["attention", "ffn"], list[int]] = {}
+
+    def having(self, kind: str) -> list[int]:
+        """The blocks that have a part of this kind: `block`, `attention` or `ffn`."""
+        absent: dict[str, list[int]] = dict(self.absent)
+        return [i for i in range(self.num_blocks) if i not in absent.get(kind, ())]
 
 
 class Selection(Record):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import json
+import os
 from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from compressor.errors import SourceError, did_you_mean
+from compressor.files import write_whole
 
 
 class Source(BaseModel):
@@ -109,6 +112,21 @@ def file_digest(path: Path) -> str:
     """Sha256 of a file's bytes, as hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def remembered_digest(path: Path) -> str:
+    """Sha256 of a source's file, remembered by path, size and mtime: planning stays instant."""
+    memo = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "compress/sha256.json"
+    stat = path.stat()
+    entry = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
+    try:
+        known: dict[str, str] = json.loads(memo.read_text())
+    except (OSError, ValueError):
+        known = {}
+    if entry not in known:
+        known[entry] = file_digest(path)
+        write_whole(memo, json.dumps(known))
+    return known[entry]
 
 
 def _exactly_one(**options: str | None) -> None:

@@ -17,7 +17,7 @@ from compressor.artifact import Manifest, Store
 from compressor.errors import ArtifactError, ConfigError, did_you_mean
 from compressor.fetch import fingerprint_model, fingerprint_text
 from compressor.files import write_whole
-from compressor.memory import peak, reset_peak
+from compressor.memory import import_for_good, peak, release, reset_peak
 from pipelines import ranks
 from pipelines.config import RunConfig
 from pipelines.job import Job
@@ -131,6 +131,7 @@ def _find(stages: list[Stage], name: str, flag: str) -> list[int]:
 
 def _build(stage: Stage, config: RunConfig, store: Store, draft: Path) -> None:
     """Make a stage in `draft` and commit it, in the first process only."""
+    import_for_good("pipelines.stages")
     import torch
     from safetensors import SafetensorError
 
@@ -164,6 +165,7 @@ def _build(stage: Stage, config: RunConfig, store: Store, draft: Path) -> None:
             peak_bytes=peak(),
         )
         store.commit(draft, manifest)
+        release()
     except (OSError, RuntimeError, SafetensorError) as error:
         if not _disk_is_full(error):
             raise

@@ -50,7 +50,7 @@ def _lowest(scores: Scores, count: int = 8) -> dict[str, list[int]]:
     """What each score would give up first, the first foremost."""
     tables = {"block": scores.block, "attention": scores.attention, "ffn": scores.ffn}
     return {
-        f"{kind} by {name}": sorted(range(len(values)), key=values.__getitem__)[:count]
+        f"{kind} by {name}": sorted(scores.having(kind), key=values.__getitem__)[:count]
         for kind, table in tables.items()
         for name, values in table.items()
     }
@@ -62,7 +62,8 @@ def select(job: Job) -> dict[str, Any]:
     if "scores" in job.inputs:
         scores = Scores.load(job.inputs["scores"] / SCORES)
     else:
-        scores = Scores(num_blocks=len(Blocks(skeleton(job.inputs["checkpoint"]))))
+        blocks = Blocks(skeleton(job.inputs["checkpoint"]))
+        scores = Scores.model_validate({"num_blocks": len(blocks), "absent": blocks.absent})
     row = methods("select")[name]
     inputs = (scores, _trial(job)) if row.needs else (scores,)
     selection: Selection = row.load()(*inputs, **dict(params))

@@ -167,6 +167,7 @@ def prune(selection: Path | None = None, **params: Any) -> dict[str, Any]:
     if selection:
         chosen = Selection.load(selection)
         parts = {kind: getattr(chosen, f"drop_{kind}") for kind in _OWN}
+        parts["num_blocks"] = chosen.num_blocks
         parts |= {"reuse_attention": chosen.reuse_attention, "reuse_ffn": chosen.reuse_ffn}
     return {"stages": [{"select": {"method": "fixed", **parts}}, {"prune": params}]}
 
@@ -191,8 +192,9 @@ def export(**params: Any) -> dict[str, Any]:
 
     \b
     compress export model-4bit -o exported
+    compress bench exported
     """
-    return {"stages": [{"export": params}]}
+    return {"stages": [{"export": params}], "evaluate": {"speed": False}}
 
 
 @alone("evaluate", "evaluation")

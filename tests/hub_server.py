@@ -232,10 +232,12 @@ def refs(http: _Handler, body: bytes, name: str) -> Answer:
 def tree(http: _Handler, body: bytes, name: str, revision: str, below: str = "") -> Answer:
     found = http.repository(name)
     files = found.commits[found.resolve(revision)]
-    listed = [described(path, files[path]) for path in files if path.startswith(below)]
-    if not listed:
+    inside = [path for path in files if path.startswith(below)]
+    if not inside:
         raise Fault(404, "no such folder", "EntryNotFound")
-    return _json(listed)
+    if http.query.get("recursive", [""])[0].lower() not in ("true", "1"):
+        inside = [path for path in inside if "/" not in path[len(below) :].strip("/")]
+    return _json([described(path, files[path]) for path in inside])
 
 
 def preupload(http: _Handler, body: bytes, name: str, revision: str) -> Answer:

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from compressor import sources
 from compressor.artifact import Manifest, Store, key_of, verify
 from compressor.errors import ArtifactError
+from compressor.fetch import fingerprint_model
+from compressor.sources import ModelSource
 
 KEY = key_of("prune", "blocks", 1, {"n": 1}, {})
 
@@ -137,3 +140,24 @@ def test_an_artifact_that_is_imported_keeps_its_manifest(tmp_path: Path) -> None
     assert (source / "manifest.json").read_bytes() == before
     assert store.status("prune", KEY) == store.status("model", key) == "cached"
     assert verify(folder) == []
+
+
+def test_a_linked_source_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its fingerprint is what the key was made from; `verify` reads the file itself."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.parent.mkdir()
+    weights.write_text("weights")
+    fingerprint_model(ModelSource(path=str(weights.parent)))
+    read: list[Path] = []
+    monkeypatch.setattr(sources, "file_digest", lambda path: read.append(path) or "")
+    store, key = Store(tmp_path / "store"), key_of("model", "import", 1, {}, {})
+    with store.draft("model", key) as draft:
+        (draft / weights.name).symlink_to(weights)
+        manifest = Manifest(
+            stage="model", method="import", version=1, key=key, params={}, parents={}
+        )
+        folder = store.commit(draft, manifest)
+    assert read == [] and verify(folder) == []
+    weights.write_text("wEIGHTS")
+    assert len(verify(folder)) == 1

@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compressor.errors import ExportError
-from compressor.export import ExportParams
+from compressor.export import ExportParams, nbits
 from compressor.export import onnx as onnx_export
 from compressor.export.decoder_graph import build
 from compressor.export.graph import MODEL
-from compressor.export.nbits import CONTAINER, block_size, pack, round_to_nearest
+from compressor.export.nbits import CONTAINER, block_size, check_widths, pack, round_to_nearest
 from compressor.layouts import Codes, Packed
 from tests.tiny import save_tiny, save_tokenizer, tokens
 
@@ -105,12 +105,12 @@ def test_integers_in_the_graph_are_the_checkpoints(
     (tmp_path / "onnx").mkdir()
     built = build(tmp_path / "model", tmp_path / "onnx")
     found = nodes(tmp_path / "onnx")
-    assert len(found) == 4  # q+k+v, o, gate+up, down
+    assert len(found) == 5  # q+k+v, o, gate, up, down
     order = iter(written[f"model.layers.1.{part}.weight"] for part in (
         "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
         "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
     ))  # fmt: skip
-    for node, count in zip(found, (3, 1, 2, 1), strict=True):
+    for node, count in zip(found, (3, 1, 1, 1, 1), strict=True):
         parts = list(itertools.islice(order, count))
         integers, scales, zeros = unpacked(node)
         assert node.attributes["bits"].value == CONTAINER[bits]
@@ -227,7 +227,7 @@ def test_the_gate_names_a_corrupted_scale(tmp_path: Path, monkeypatch: pytest.Mo
 
     def damaged(source: Path, folder: Path, *args: Any) -> Any:
         built = good(source, folder, *args)
-        scales = nodes(folder)[8].inputs[2].const_value  # block 2, q+k+v
+        scales = nodes(folder)[10].inputs[2].const_value  # block 2, q+k+v
         assert isinstance(scales, ir.ExternalTensor)
         values = scales.numpy().copy()
         values[:, 0] *= 1.5
@@ -256,6 +256,25 @@ def test_a_rounded_head_is_stored_once_and_passes_the_gate(
     assert stored == rows * columns * bits // 8 + rows * columns // 32 * 4
     codes = round_to_nearest(model.lm_head.weight, bits)
     np.testing.assert_array_equal(unpacked(nodes(tmp_path / "onnx")[0])[0], codes.integers)
+
+
+def test_rounding_row_by_row_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(17, 64, generator=torch.Generator().manual_seed(0))
+    whole = round_to_nearest(weight, 4)
+    monkeypatch.setattr(nbits, "_ROWS", 5)
+    parts = round_to_nearest(weight, 4)
+    assert torch.equal(parts.integers, whole.integers) and torch.equal(parts.scale, whole.scale)
+
+
+@pytest.mark.parametrize(
+    ("containers", "level", "said"), [({8, 4}, 0, "8-bit"), ({2, 8}, 0, "2 and 8-bit"),
+                                      ({4}, 0, ""), ({2, 8}, 4, ""), (set(), 0, "")]
+)  # fmt: skip
+def test_widths_that_are_unpacked_every_time_are_told(
+    containers: set[int], level: int, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    check_widths(containers, level)
+    assert [r.getMessage().partition(" integers")[0] for r in caplog.records] == [said] * bool(said)
 
 
 def test_rounding_errs_by_half_a_step_or_one_at_the_end() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -20,7 +21,7 @@ from compressor.export.graph import DATA
 from compressor.export.traits import TRAITS
 from compressor.prune.driver import prune
 from compressor.records import Selection
-from compressor.runtimes.session import Session
+from compressor.runtimes.session import MODEL, Session
 from tests.tiny import save_tiny, save_tokenizer, tokens
 
 LLAMA3 = {
@@ -73,6 +74,17 @@ def test_graph_equals_model(family: str, overrides: dict[str, Any], tmp_path: Pa
     for position in range(ids.shape[1]):
         step, cache = session.run(ids[:, position : position + 1].numpy(), cache)
         np.testing.assert_allclose(step[:, 0], expected[:, position], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("family", "overrides"), [("llama", {}), ("gemma2", {"head_dim": 16})])
+def test_no_node_makes_what_nobody_reads(
+    family: str, overrides: dict[str, Any], tmp_path: Path
+) -> None:
+    _, _, folder = exported(tmp_path, family, **overrides)
+    graph = ir.load(folder / MODEL).graph
+    made = [value for node in graph for value in node.outputs if value.name]
+    assert len(made) > len(graph.outputs)
+    assert not [v.name for v in made if not v.uses() and v not in graph.outputs]
 
 
 def test_right_padding_changes_nothing(tmp_path: Path) -> None:

@@ -143,10 +143,12 @@ def test_the_card_describes_and_its_snippets_run(project: Path, hub: HubServer) 
     publish(project, "--license", "mit", "--base-model", "org/base", "--public")
     text = card_of(hub)
     data = ModelCard(text).data.to_dict()
-    assert data["license"] == "mit"
+    assert (data["license"], "license_name" in data) == ("mit", False)
     assert (data["base_model"], data["base_model_relation"]) == ("org/base", "quantized")
     assert (data["library_name"], data["pipeline_tag"]) == ("transformers", "text-generation")
-    assert {"pruned", "quantized", "onnx"} <= set(data["tags"])
+    assert data["tags"] == ["compress", "onnx", "pruned", "quantized"]
+    assert "(`pip install transformers torch compressed-tensors`)" in text
+    assert re.search(r"\*\*vLLM\*\* \(`pip install vllm`\): .*not run by this project", text)
     for stage in ("original", "prune", "quantize", "onnx"):
         assert re.search(rf"^\| {stage} \|", text, re.MULTILINE)
     for entry in json.loads((exports(project) / "manifest.json").read_text())["files"]:
@@ -158,6 +160,15 @@ def test_the_card_describes_and_its_snippets_run(project: Path, hub: HubServer) 
     shortest = min(map(len, outputs.values()))  # some stop at the end of the text
     assert shortest > len("The history of the city begins in") + 1
     assert len({tuple(tokens[:shortest]) for tokens in outputs.values()}) == 1
+
+
+def test_a_card_does_not_say_what_nobody_knows(project: Path, hub: HubServer) -> None:
+    publish(project)
+    text = card_of(hub)
+    data = ModelCard(text).data.to_dict()
+    assert (data["license"], data["license_name"]) == ("other", "unknown")
+    assert not {"base_model", "base_model_relation"} & set(data)
+    assert "licence of the source is not known" in text
 
 
 def runs_here(package: str) -> bool:
@@ -197,6 +208,7 @@ def test_publishing_again_sends_and_commits_nothing(project: Path, hub: HubServe
     assert len(hub.uploads()) == uploads
     with pytest.raises(PublishError, match="the tag 'v1' marks another commit"):
         publish(project, "--license", "mit", "--tag", "v1")
+    assert len(hub.repositories[REPOSITORY].commits) == commits
 
 
 @pytest.mark.parametrize("path", ["model.safetensors", "config.json", "onnx/model.onnx.data"])
@@ -224,8 +236,9 @@ def test_files_of_another_model_go_only_when_asked(project: Path, hub: HubServer
     publish(project)
     found = hub.repositories[REPOSITORY]
     files = found.commits[found.branches["main"]]
-    found.commit("main", files | {"model-00002-of-00002.safetensors": b"old"})
-    with pytest.raises(PublishError, match=r"model-00002-of-00002\.safetensors.*--replace"):
+    old = {"model-00002-of-00002.safetensors": b"old", "onnx/model_2.onnx": b"old"}
+    found.commit("main", files | old)
+    with pytest.raises(PublishError, match=r"2 file.*model-00002-of-00002\.safe.*--replace"):
         publish(project)
     publish(project, "--replace")
     assert found.commits[found.branches["main"]].keys() == files.keys()
@@ -443,6 +456,8 @@ def test_a_model_with_its_own_code_says_so_and_loads(project: Path, hub: HubServ
     found = hub.repositories["org/shallow"]
     text = found.commits[found.branches["main"]]["README.md"].decode()
     assert "vLLM" not in text
+    assert ModelCard(text).data.tags == ["compress", "onnx", "pruned"]
+    assert "(`pip install transformers torch`)" in text
     code = re.findall(r"```python\n(.*?)\n```", text, re.DOTALL)
     assert code[0].count("trust_remote_code=True") == 2
     outputs = [run_snippet(snippet) for snippet in code[:2]]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import json
 import os
 import subprocess
@@ -15,6 +17,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from compressor.artifact import Store
+from compressor.memory import import_for_good
+from compressor.records import Selection
 from pipelines import table
 from pipelines.config import load
 from pipelines.run import ensure, make_plan
@@ -48,6 +52,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = compress(folder, "run", "tiny.yaml", "--json")
     assert result.returncode == 0, result.stderr
     (folder / "first.json").write_text(result.stdout)
+    Selection(num_blocks=30, drop_blocks=[1, 2]).save(folder / "deeper.json")
     return folder
 
 
@@ -202,6 +207,22 @@ def test_evaluate_alone_takes_its_settings(project: Path) -> None:
     assert (speed["prompt_tokens"], speed["new_tokens"], speed["repeats"]) == (3, 2, 1)
 
 
+def test_export_alone_proves_its_graph_and_leaves_timing_to_bench(project: Path) -> None:
+    result = compress(project, "export", "model", "--check-tokens", "2", "--json")
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)["stages"][-1]["metrics"]["onnx"]
+    assert found["parity"]["greedy_tokens"] == 6
+    assert "speed" not in found
+    assert "speed" in record(project)["stages"][-1]["metrics"]["onnx"]
+
+
+def test_the_garbage_collector_is_only_off_while_libraries_are_imported(tmp_path: Path) -> None:
+    assert import_for_good("pipelines.stages") is importlib.import_module("pipelines.stages")
+    with pytest.raises(ModuleNotFoundError):
+        import_for_good("pipelines.nowhere")
+    assert gc.isenabled()
+
+
 def test_pruning_weights_and_widths_from_the_command_line(project: Path) -> None:
     text = ("--text", "corpus.jsonl", "--field", "text", "--windows", "4", "--length", "32")
     for out, size, args in (
@@ -239,6 +260,7 @@ def test_pruning_weights_and_widths_from_the_command_line(project: Path) -> None
         (["prune", "model", "--method", "wandda"], 1, "did you mean 'wanda'"),
         (["prune", "model", "--blocks", "3-1"], 1, "--blocks 3-1: 3-1 goes down; write 1-3"),
         (["prune", "model", "--blocks", "7"], 1, "do not exist in a model of 4"),
+        (["prune", "model", "--selection", "deeper.json"], 1, "a model of 30 blocks, but this one"),
         (["score", "model", "--method", "lampp"], 1, "did you mean 'lamp'"),
         (["quantize", "model", "--group-size", "16"], 1, "add text.calibration"),
         (["show", "tny"], 1, "did you mean 'tiny'"),

@@ -84,6 +84,10 @@ def test_the_command_line_removes_sublayers(project: Path) -> None:
     config = json.loads((project / "cut/config.json").read_text())
     assert config["num_hidden_layers"] == 2
     assert config["per_layer_config"] == {"0": {"skip": ["mlp"]}}
+    search = ("--method", "sleb", "--part", "ffn", "-n", "1", "--protect", "[]")
+    text = ("--text", "corpus.jsonl", "--field", "text", "--windows", "2", "--length", "16")
+    result = compress(project, "select", "cut", *search, *text)
+    assert "n = 1 is more than the 0 feed-forwards" in result.stderr
     again = compress(project, "prune", "cut", "--attention", "1", "-o", "again", "--quiet")
     assert again.returncode == 0, again.stderr
     config = json.loads((project / "again/config.json").read_text())

@@ -116,6 +116,19 @@ def test_the_buffer_grows_without_a_change(exported: Path, monkeypatch: pytest.M
     assert greedy(find(exported, "onnxruntime").open("cpu"), PROMPT, 40) == whole
 
 
+@pytest.mark.parametrize("name", RUNTIMES)
+def test_logits_stay_as_they_were_given(name: str, exported: Path) -> None:
+    runtime = find(exported, name).open("cpu")
+    given = [runtime.prefill(PROMPT), *(runtime.step(token) for token in (3, 8)),
+             runtime.prefill([2, 6]), *(runtime.step(token) for token in (4, 9))]  # fmt: skip
+    read = [*PROMPT, 3, 8, 2, 6, 4, 9]
+    model: Any = LlamaForCausalLM.from_pretrained(exported / "safetensors")
+    with torch.no_grad():
+        expected = model(torch.tensor([read])).logits[0].numpy()
+    positions = [6, 7, 8, 10, 11, 12]
+    np.testing.assert_allclose(given, expected[positions], rtol=1e-4, atol=1e-4)
+
+
 def test_graphs_without_a_shared_buffer_run_too(exported: Path, tmp_path: Path) -> None:
     for path in (exported / "onnx").iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())

@@ -62,6 +62,9 @@ def test_lowest_follows_the_score() -> None:
 
 def test_fixed_takes_the_list() -> None:
     assert fixed(Scores(num_blocks=5), blocks=(3, -5)).drop_blocks == [0, 3]
+    assert fixed(Scores(num_blocks=5), num_blocks=5, blocks=(3,)).drop_blocks == [3]
+    with pytest.raises(SelectionError, match="for a model of 6 blocks, but this one has 5; score"):
+        fixed(Scores(num_blocks=5), num_blocks=6, blocks=(3,))
 
 
 def test_lowest_and_fixed_of_sublayers() -> None:

@@ -32,21 +32,10 @@ def traced(tmp_path: Path, source: Path, **settings: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
-def test_a_family_without_emitted_nodes_passes_the_gate(
-    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_family_without_emitted_nodes_passes_the_gate(family: str, tmp_path: Path) -> None:
     model = save_tiny(tmp_path / "model", family, num_hidden_layers=2, n_layer=2)
     save_tokenizer(tmp_path / "model")
-    loaded: list[Path] = []
-    reference = onnx_export.reference
-
-    def counted(folder: Path, head_bits: int | None = None) -> Any:
-        loaded.append(folder)
-        return reference(folder, head_bits)
-
-    monkeypatch.setattr(onnx_export, "reference", counted)
     found = traced(tmp_path, tmp_path / "model")
-    assert loaded == [tmp_path / "model"]
     assert found["graph"] == "traced"
     assert max(found["parity"]["accuracy_level_0"].values()) < 1e-4
     assert found["parity"]["greedy_equal"] == found["parity"]["greedy_tokens"] == 18

@@ -37,6 +37,6 @@ METHODS = {
         "a Hugging Face folder and an ONNX graph with KV cache, compared token by token",
         "onnxruntime contrib operators (GroupQueryAttention, MatMulNBits)",
         "one copy of the weights, and short generations in torch and onnxruntime",
-        version=2,
+        version=3,
     ),
 }

@@ -109,8 +109,14 @@ class Graph:
         self._data.close()
 
     def save(self) -> Path:
-        """Write model.onnx beside the data file."""
+        """Write model.onnx beside the data file; outputs that nobody reads lose their names.
+
+        Operators make an optional output only where it has a name.
+        """
         self._data.flush()
+        for value in (v for node in self._nodes for v in node.outputs):
+            if not value.uses() and value not in self._outputs:
+                value.name = ""
         graph = ir.Graph(
             self._inputs,
             self._outputs,

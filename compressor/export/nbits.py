@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,8 @@ from compressor.errors import ExportError
 from compressor.layouts import Codes
 from compressor.runtimes.session import load_onnxruntime
 
+log = logging.getLogger(__name__)
+
 CONTAINER = {2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}
 """Width of the operator that holds integers of each width."""
 
@@ -19,6 +22,7 @@ SINCE = {2: (1, 24), 4: (1, 23), 8: (1, 23)}
 
 _LARGEST = 256
 _BLOCKS = (128, 64, 32, 16)
+_ROWS = 4096  # of a head rounded at once: a vocabulary in float32, several times over, is large
 
 
 @dataclass(frozen=True)
@@ -113,8 +117,10 @@ def block_size(span: int, k: int, where: str = "") -> int:
 def bit_stream(values: Tensor, bits: int) -> Tensor:
     """uint8 values below 2^bits packed along the last axis, low bits first."""
     per = 8 // bits
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
-    return (values.unflatten(-1, (-1, per)) << shifts).sum(-1, dtype=torch.uint8)
+    stream, *rest = values.unflatten(-1, (-1, per)).unbind(-1)
+    for place, part in enumerate(rest, 1):
+        stream = stream | part << place * bits
+    return stream.contiguous()
 
 
 def round_to_nearest(weight: Tensor, bits: int, block: int = 32) -> Codes:
@@ -122,17 +128,27 @@ def round_to_nearest(weight: Tensor, bits: int, block: int = 32) -> Codes:
 
     Symmetric; the largest weight of each block of inputs, with its sign, is -2^(b-1) s.
     """
+    parts = [_rounded(rows, bits, block) for rows in weight.split(_ROWS)]
+    integers, scales = zip(*parts, strict=True)
+    return Codes(torch.cat(integers), torch.cat(scales), None)
+
+
+def _rounded(weight: Tensor, bits: int, block: int) -> tuple[Tensor, Tensor]:
+    """Integers (N, K) and scales (N, blocks) of some rows."""
     width = weight.shape[1]
     groups = weight.float().unflatten(1, (-1, block if width % block == 0 else width))
     extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
     scale = extreme / -(1 << bits - 1)
     scale = torch.where(scale == 0, 1.0, scale)
     levels = (groups / scale).round_().clamp_(-(1 << bits - 1), (1 << bits - 1) - 1)
-    return Codes(levels.flatten(1).to(torch.int8), scale.squeeze(-1), None)
+    return levels.flatten(1).to(torch.int8), scale.squeeze(-1)
 
 
-def check_widths(containers: set[int]) -> None:
-    """Raises `ExportError` where the installed onnxruntime is too old for a width."""
+def check_widths(containers: set[int], accuracy_level: int) -> None:
+    """Raises `ExportError` where the installed onnxruntime is too old for a width.
+
+    Warns of widths that its CPU kernels do not multiply at the level but unpack every time.
+    """
     version: str = load_onnxruntime().__version__
     found = tuple(map(int, version.split(".")[:2]))
     for bits in sorted(containers):
@@ -143,3 +159,10 @@ def check_widths(containers: set[int]) -> None:
                 f"run: pip install -U 'onnxruntime>={needed}', or set export.formats to "
                 "[safetensors]"
             )
+    unpacked = sorted(containers - {4})
+    if unpacked and not accuracy_level:
+        log.warning(
+            "%s-bit integers at accuracy_level 0: on the CPU every product unpacks them first, "
+            "many times slower than at 4; set export.accuracy_level to 4",
+            " and ".join(map(str, unpacked)),
+        )

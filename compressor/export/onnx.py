@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from compressor import progress
 from compressor.checkpoint import Checkpoint, write_json
 from compressor.dense import DenseReader
 from compressor.errors import ExportError, NotEmitted
@@ -22,6 +23,9 @@ from compressor.export.nbits import CONTAINER, check_widths
 from compressor.export.parity import (
     TOLERANCE,
     Answers,
+    Questions,
+    Replies,
+    answer,
     ask,
     differences,
     questions,
@@ -32,6 +36,7 @@ from compressor.export.traced import trace
 from compressor.export.traits import traits_of
 from compressor.families import legacy_rope
 from compressor.layouts import Packed
+from compressor.memory import release
 from compressor.runtimes.session import CUDA, Session, load_onnxruntime
 
 log = logging.getLogger(__name__)
@@ -55,7 +60,7 @@ def export(
         way = _way(checkpoint, params)
         folder = out / "onnx"
         folder.mkdir()
-        built, answers = _graph(source, folder, params, way, tokens)
+        built = _graph(source, folder, params, way)
         for path in checkpoint.side_files:
             shutil.copyfile(path, folder / path.name)
         write_json(folder / "config.json", raw)
@@ -73,7 +78,10 @@ def export(
         shutil.copytree(source, out / "safetensors", ignore=shutil.ignore_patterns("manifest.json"))
         write_json(out / "safetensors/config.json", raw)
     if "onnx" in params.formats:
-        metrics["onnx"]["parity"] = compare(source, out, params, answers)
+        asked = questions(config, tokens, params.check_tokens)
+        metrics["onnx"]["parity"] = compare(
+            source, out, params, asked, prepack=built.container_bytes > 0
+        )
     return metrics
 
 
@@ -85,7 +93,9 @@ def _way(checkpoint: Checkpoint, params: ExportParams) -> str:
             f"{source}: some sublayers run with another block's weights, which the graph does not "
             "hold yet; export safetensors only, or prune without re-use"
         )
-    check_widths({CONTAINER[layout.bits] for _, layout in DenseReader(source).layouts})
+    widths = {CONTAINER[layout.bits] for _, layout in DenseReader(source).layouts}
+    widths |= {params.head_bits} if params.head_bits else set()
+    check_widths(widths, params.accuracy_level)
     offered = load_onnxruntime().get_available_providers()
     if params.onnx_dtype == "bfloat16" and CUDA not in offered:
         raise ExportError(
@@ -106,51 +116,61 @@ def _way(checkpoint: Checkpoint, params: ExportParams) -> str:
     return "traced"
 
 
-def _graph(
-    source: Path, folder: Path, params: ExportParams, way: str, tokens: Tensor | None
-) -> tuple[Built, Answers]:
-    """The graph, and what the model says in torch, which is loaded once."""
+def _graph(source: Path, folder: Path, params: ExportParams, way: str) -> Built:
     dtype, level = getattr(torch, params.onnx_dtype), params.accuracy_level
     if way == "emitted":
-        built = build(source, folder, dtype, level, params.head_bits)
-    model = reference(source, params.head_bits)
-    prompts, windows = questions(model.config, tokens)
-    answers = ask(model, prompts, windows, params.check_tokens)
-    if way == "traced":
-        built = trace(model, source, folder, dtype, level)
-    return built, answers
+        return build(source, folder, dtype, level, params.head_bits)
+    return trace(reference(source), source, folder, dtype, level)
 
 
-def compare(source: Path, out: Path, params: ExportParams, answers: Answers) -> dict[str, Any]:
-    """Torch's `answers` (float32) against the reloaded safetensors and against onnxruntime.
+def compare(
+    source: Path, out: Path, params: ExportParams, asked: Questions, *, prepack: bool
+) -> dict[str, Any]:
+    """The graph in onnxruntime, then the reloaded safetensors, against torch in float32.
 
-    The graph is compared in its own arithmetic (accuracy_level 0) by a tight tolerance, then
-    as it is shipped by that of its accuracy level. Raises `ExportError` naming the check that
-    failed and the first module that differs.
+    One of the three is in memory at a time. The graph is compared in its own arithmetic
+    (accuracy_level 0) by a tight tolerance, then as it is shipped by that of its accuracy level.
+    `prepack` as in `Session`. Raises `ExportError` naming the check that failed and the first
+    module that differs.
     """
+    said, providers = _replies(out / "onnx", params.accuracy_level, asked, prepack)
+    tokens = said[0].tokens
+    answers = answer(source, params.head_bits, asked, tokens)
     report: dict[str, Any] = {"unit": answers.unit}
-    if "safetensors" in params.formats and not params.head_bits:
-        report["safetensors"] = _reloaded(out / "safetensors", answers)
-    folder = out / "onnx"
-    if params.accuracy_level:
-        with probed(folder) as session:
-            report["accuracy_level_0"], _ = differences(session, answers)
-    session = Session(folder)
-    report[f"accuracy_level_{params.accuracy_level}"], equal = differences(session, answers)
-    for level in sorted({0, params.accuracy_level}):
+    for level in sorted(said):
+        found, equal = differences(said.pop(level), answers)
+        report[f"accuracy_level_{level}"] = found
         tolerance = TOLERANCE[params.onnx_dtype, level]
-        found = report[f"accuracy_level_{level}"]
         failed = {kind: value for kind, value in found.items() if not value <= tolerance}
         if failed:
-            raise ExportError(_failure(source, folder, params, level, failed, answers))
+            raise ExportError(_failure(source, out / "onnx", params, level, failed, asked))
+    if "safetensors" in params.formats and not params.head_bits:
+        report["safetensors"] = _reloaded(out / "safetensors", answers)
     largest = max(report["accuracy_level_0"].values())
     return report | {
         "greedy_equal": equal,
-        "greedy_tokens": answers.greedy.size,
-        "providers": session.providers,
+        "greedy_tokens": tokens.size,
+        "providers": providers,
         "summary": f"largest logit difference {largest:.1e} standard deviations, "
-        f"{equal} of {answers.greedy.size} greedy tokens same",
+        f"{equal} of {tokens.size} greedy tokens same",
     }
+
+
+def _replies(
+    folder: Path, level: int, asked: Questions, prepack: bool
+) -> tuple[dict[int, Replies], list[str]]:
+    """What the graph says by accuracy level, 0 and its own, and the providers that computed it."""
+    said: dict[int, Replies] = {}
+    if level:
+        with probed(folder) as session:
+            said[0] = ask(session, asked)
+        del session  # before there is another
+    session = Session(folder, prepack=prepack)
+    said[level] = ask(session, asked, said[0].tokens if level else None)
+    providers = session.providers
+    del session
+    release()
+    return said, providers
 
 
 def _reloaded(folder: Path, answers: Answers) -> float | str:
@@ -158,9 +178,11 @@ def _reloaded(folder: Path, answers: Answers) -> float | str:
     layouts = [layout for _, layout in DenseReader(folder).layouts]
     if not all(isinstance(layout, Packed) and layout.symmetric for layout in layouts):
         return "not compared: transformers rounds asymmetric integers anew, or needs gptqmodel"
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    with torch.inference_mode():
-        logits = model(torch.from_numpy(answers.prompts)).logits.numpy()
+    release()
+    with progress.task("safetensors", 1) as bar, torch.inference_mode():
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        logits = model(torch.from_numpy(answers.tokens), use_cache=False).logits.numpy()
+        bar.advance()
     worst = float(np.abs(logits - answers.logits).max()) / answers.unit
     tolerance = TOLERANCE["float32", 0]
     if not worst <= tolerance:
@@ -177,7 +199,7 @@ def _failure(
     params: ExportParams,
     level: int,
     failed: dict[str, float],
-    answers: Answers,
+    asked: Questions,
 ) -> str:
     kind, value = next(iter(failed.items()))
     tolerance = TOLERANCE[params.onnx_dtype, level]
@@ -188,5 +210,5 @@ def _failure(
     if level:
         return f"{said} with accuracy_level {level}, not with 0; set export.accuracy_level to 0"
     model = reference(source, params.head_bits)
-    place = first_difference(model, folder, torch.from_numpy(answers.prompts[:1]), tolerance)
+    place = first_difference(model, folder, torch.from_numpy(asked.prompts[:1]), tolerance)
     return f"{said}; first at {place}; please report this model's config.json"

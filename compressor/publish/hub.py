@@ -56,7 +56,9 @@ class Hub:
             if request.revision != "main":
                 api.create_branch(self.name, branch=request.revision, exist_ok=True)
             head = api.model_info(self.name, revision=request.revision).sha
-            self._check_tag(api, request.tag, head)
+            marked = self._marked(api, request.tag)
+            if marked and (marked != head or self._faults(api, items, marked)):
+                raise self._taken(request.tag)
             additions = [
                 CommitOperationAdd(path_in_repo=item.path, path_or_fileobj=item.source)
                 for item in items
@@ -73,9 +75,14 @@ class Hub:
                 revision=request.revision,
                 parent_commit=head,
             )
-            self._compare(api, items, commit.oid)
+            if faults := self._faults(api, items, commit.oid):
+                raise PublishError(
+                    f"hf://{self.name} at {commit.oid[:12]} is not what was uploaded: "
+                    f"{', '.join(faults)}; do not use it, and {_AGAIN}"
+                )
             if request.tag:
-                self._check_tag(api, request.tag, commit.oid)
+                if self._marked(api, request.tag) not in (None, commit.oid):
+                    raise self._taken(request.tag)
                 api.create_tag(self.name, tag=request.tag, revision=commit.oid, exist_ok=True)
         return Receipt(f"{api.endpoint}/{self.name}/tree/{request.revision}", commit.oid)
 
@@ -88,14 +95,16 @@ class Hub:
                 "change it in its settings on the hub"
             )
 
-    def _check_tag(self, api: HfApi, tag: str | None, head: str | None) -> None:
-        """Refuse a tag that marks another commit than `head`; an earlier try may have set it."""
-        tags = {t.name: t.target_commit for t in api.list_repo_refs(self.name).tags} if tag else {}
-        if tag and tags.get(tag, head) != head:
-            raise PublishError(
-                f"hf://{self.name}: the tag {tag!r} marks another commit; choose another tag, or "
-                "delete that one on the hub"
-            )
+    def _marked(self, api: HfApi, tag: str | None) -> str | None:
+        """The commit that a tag marks; an earlier try may have set it."""
+        tags = api.list_repo_refs(self.name).tags if tag else []
+        return next((t.target_commit for t in tags if t.name == tag), None)
+
+    def _taken(self, tag: str | None) -> PublishError:
+        return PublishError(
+            f"hf://{self.name}: the tag {tag!r} marks another commit; choose another tag, or "
+            "delete that one on the hub"
+        )
 
     def _others(
         self, api: HfApi, items: Sequence[Item], request: Request
@@ -115,8 +124,8 @@ class Hub:
         tree = api.list_repo_tree(self.name, recursive=True, revision=revision)
         return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
 
-    def _compare(self, api: HfApi, items: Sequence[Item], commit: str) -> None:
-        """Compare size and hash of every file there with ours."""
+    def _faults(self, api: HfApi, items: Sequence[Item], commit: str) -> list[str]:
+        """Which of our files are missing at a commit, or differ there in size or hash."""
         there = self._files(api, commit)
         faults = []
         for item in items:
@@ -125,11 +134,7 @@ class Hub:
                 faults.append(f"{item.path} is missing")
             elif found.size != item.size_bytes or not _same(found, item):
                 faults.append(f"{item.path} differs")
-        if faults:
-            raise PublishError(
-                f"hf://{self.name} at {commit[:12]} is not what was uploaded: {', '.join(faults)}; "
-                f"do not use it, and {_AGAIN}"
-            )
+        return faults
 
 
 def _same(found: RepoFile, item: Item) -> bool:

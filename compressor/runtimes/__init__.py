@@ -6,12 +6,12 @@ and timing are written once on top of it. Opening one for ONNX imports no torch.
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
 from compressor.errors import InferenceError, did_you_mean
+from compressor.memory import import_for_good
 from compressor.runtimes.base import Runtime
 
 RUNTIMES = {
@@ -39,9 +39,7 @@ class Target:
     def open(self, device: str = "auto", threads: int | None = None) -> Runtime:
         """Load the model; raises `InferenceError` and `MissingDependency` in one line."""
         module, _, name = RUNTIMES[self.runtime].partition(":")
-        runtime: Runtime = getattr(importlib.import_module(module), name)(
-            self.folder, device, threads
-        )
+        runtime: Runtime = getattr(import_for_good(module), name)(self.folder, device, threads)
         return runtime
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from compressor.errors import InferenceError
+from compressor.memory import use_huge_pages
 from compressor.runtimes.base import Facts, Runtime
 
 
@@ -45,6 +46,8 @@ class GenaiRuntime(Runtime):
         except RuntimeError as error:
             reason = str(error).strip().partition("\n")[0]
             raise InferenceError(f"{folder}: onnxruntime-genai cannot load it ({reason})") from None
+        if self.device == "cpu":
+            use_huge_pages()
         params = self._genai.GeneratorParams(self._model)
         if self.facts.context:
             params.set_search_options(max_length=self.facts.context)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from compressor.memory import use_huge_pages
 from compressor.runtimes.base import Facts, Runtime
 from compressor.runtimes.session import BFLOAT16, Session, floats, to_array
 
@@ -28,9 +29,12 @@ class OnnxRuntime(Runtime):
         super().__init__(Facts.of(folder))
         self._session = Session(folder, device, threads=threads)
         self.device = "cuda" if self._session.providers[0].startswith("CUDA") else "cpu"
+        if self.device == "cpu":
+            use_huge_pages()
         self._cache = self._session.empty_cache()
         self._room = 0
         self._buffers: dict[str, Any] = {}
+        self._logits: Any = None  # what a step's logits are written into, made by the first
         self._binding: Any = self._session.inference.io_binding()
 
     @property
@@ -63,9 +67,16 @@ class OnnxRuntime(Runtime):
         if "position_ids" in self._session.inputs:
             places = np.arange(len(self.tokens), total)[None]
             self._binding.bind_cpu_input("position_ids", places)
-        self._binding.bind_output("logits", "cpu")
+        if ids.shape[1] > 1 or self._logits is None:
+            self._binding.bind_output("logits", "cpu")
+        else:
+            self._binding.bind_ortvalue_output("logits", self._logits)
         self._session.inference.run_with_iobinding(self._binding)
-        return to_array(self._binding.get_outputs()[-1])
+        if ids.shape[1] > 1:
+            return to_array(self._binding.get_outputs()[-1])
+        if self._logits is None:  # asking a binding for its outputs gives the whole cache too
+            self._logits = self._binding.get_outputs()[-1]
+        return to_array(self._logits).copy()
 
     def _grow(self, room: int) -> None:
         """Move the cache into buffers for `room` tokens, each bound as past and as present."""

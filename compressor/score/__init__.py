@@ -170,6 +170,7 @@ METHODS = {
         "Shortened LLaMA, arXiv:2402.02834 section 3.2",
         "1 forward, shared, then about 3 on the way back; blocks loaded twice",
         ("calibration",),
+        version=2,
     ),
     "relevance": Method(
         "compressor.score.relevance:Relevance",
@@ -178,6 +179,7 @@ METHODS = {
         "AttnLRP, arXiv:2402.05602; as a layer's weight: LRP-QViT",
         "1 forward, shared, then about 2 on the way back; blocks loaded twice",
         ("calibration",),
+        version=2,
     ),
     "lamp": Method(
         "compressor.score.lamp:lamp",
@@ -193,6 +195,7 @@ METHODS = {
         "LLM-Drop, arXiv:2406.15786",
         _SHARED,
         ("calibration",),
+        version=2,
     ),
     "ffn_saturation": Method(
         "compressor.score.sublayer_cosine:FfnSaturation",
@@ -201,6 +204,7 @@ METHODS = {
         "FFN-SkipLLM made static, arXiv:2404.03865",
         _SHARED,
         ("calibration",),
+        version=2,
     ),
     "lim": Method(
         "compressor.score.block_influence:LayerInputModification",
@@ -248,6 +252,7 @@ METHODS = {
         "gamma-MoD, arXiv:2410.13859",
         "1 forward, shared; attention again on max_windows x max_tokens",
         ("calibration",),
+        version=2,
     ),
     "residual": Method(
         "compressor.score.residual:Residual",

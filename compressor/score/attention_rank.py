@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from compressor.decoder import Decoder
 from compressor.errors import NotApplicable
 from compressor.records import Scores
-from compressor.score.collector import Collector
+from compressor.score.collector import Collector, refuse_shared
 from compressor.walk import Step
 
 
@@ -25,7 +25,7 @@ class AttentionRank(Collector):
     causal with a positive diagonal, so without a tolerance its rank is always T. A low rank means
     redundant. Fused kernels make no map, so the attention, and nothing else of the block, is run
     again with explicit maps (T, T) on the first `max_tokens` of the first `max_windows` windows;
-    being causal, these see nothing of the rest.
+    being causal, these see nothing of the rest. An attention that is not there has rank 0.
     """
 
     def __init__(
@@ -38,8 +38,7 @@ class AttentionRank(Collector):
         tolerance: float,
     ) -> None:
         """Prepare for tokens (N, T)."""
-        if any(not decoder.blocks.attention(i) for i in range(len(decoder.blocks))):
-            raise NotApplicable("a block has lost its attention, so it has no maps to rank")
+        refuse_shared(decoder)
         self._decoder, self._tolerance = decoder, tolerance
         self._windows, self._tokens = min(max_windows, len(tokens)), max_tokens
         self._sums = torch.zeros(len(decoder.blocks), dtype=torch.float64)
@@ -48,6 +47,8 @@ class AttentionRank(Collector):
 
     def update(self, step: Step, rows: slice, x_in: Tensor, x_out: Tensor) -> None:
         """Add the ranks of the windows of one batch that are among the first."""
+        if not self._decoder.blocks.attention(step.index):
+            return
         count = len(range(*rows.indices(self._windows)))
         with self._decoder.eager_attention():
             for window in range(count):

@@ -55,7 +55,7 @@ def score(
             crew.results.append(collector.result())
     if not crew.results:
         raise NotApplicable("; ".join(f"{name}: {why}" for name, why in crew.unavailable.items()))
-    return _merged(crew.results, crew.unavailable)
+    return _merged(crew.results, crew.unavailable, crew.decoder.blocks.absent)
 
 
 class _Crew:
@@ -130,7 +130,9 @@ class _Crew:
             yield batch
 
 
-def _merged(results: list[Scores], unavailable: dict[str, str]) -> Scores:
+def _merged(
+    results: list[Scores], unavailable: dict[str, str], absent: dict[str, list[int]]
+) -> Scores:
     tables: dict[str, dict[str, Any]] = {name: {} for name in _TABLES}
     for kind, table in tables.items():
         for scores in results:
@@ -138,9 +140,8 @@ def _merged(results: list[Scores], unavailable: dict[str, str]) -> Scores:
         for name, values in table.items():
             _check_finite(name, kind, values)
     distances = next((scores.distances for scores in results if scores.distances), [])
-    return Scores(
-        num_blocks=results[0].num_blocks, distances=distances, unavailable=unavailable, **tables
-    )
+    tables |= {"unavailable": unavailable, "absent": absent}
+    return Scores(num_blocks=results[0].num_blocks, distances=distances, **tables)
 
 
 def _check_finite(name: str, kind: str, values: list[float] | dict[str, float]) -> None:

@@ -7,6 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from compressor.decoder import Decoder
+from compressor.errors import NotApplicable
 from compressor.records import Scores
 from compressor.walk import Step
 
@@ -47,3 +49,13 @@ class Collector(Watcher):
     def result(self) -> Scores:
         """The scores, once every block was seen."""
         raise NotImplementedError
+
+
+def refuse_shared(decoder: Decoder) -> None:
+    """Raise `NotApplicable` where a branch is run with the weights of another block's."""
+    for index, givers in decoder.blocks.reused.items():
+        for kind, giver in givers.items():
+            raise NotApplicable(
+                f"{decoder.blocks.prefix}.{index} runs with the {kind} weights of block {giver}, "
+                "and such a branch has no score of its own; score whole blocks"
+            )

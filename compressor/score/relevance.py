@@ -14,7 +14,7 @@ from compressor.errors import NotApplicable
 from compressor.inputs import outputs_of
 from compressor.records import Scores
 from compressor.score.attnlrp import attnlrp
-from compressor.score.collector import Collector
+from compressor.score.collector import Collector, refuse_shared
 from compressor.walk import Step
 
 
@@ -24,13 +24,15 @@ class Relevance(Collector):
     y is the largest logit of a window's last token (positions="all": their sum over all tokens)
     and the gradient is AttnLRP's (arXiv:2402.05602). A linear's saliency is its share of all
     linears' relevance; attentions and feed-forwards together sum to 1, and a block has the sum
-    of its two. Raises `NotApplicable` for a module that no rule covers.
+    of its two; a branch that is not there has 0. Raises `NotApplicable` for a module that no rule
+    covers and for branches that are run with another block's weights.
     """
 
     def __init__(
         self, decoder: Decoder, tokens: Tensor, *, max_windows: int, positions: str
     ) -> None:
         """Prepare for the first `max_windows` of tokens (N, T)."""
+        refuse_shared(decoder)
         self._decoder = decoder
         self._last = positions == "last"
         self._tape = Tape(decoder, tokens, max_windows)
@@ -48,8 +50,10 @@ class Relevance(Collector):
         found: dict[str, float] = {}
         for step in backward(self._tape, gradient, "relevance", weights=False):
             found |= self._relevances(step)
-        attention = [found[self._last_of(blocks.attention(i))] for i in range(len(blocks))]
-        ffn = [found[self._last_of(blocks.ffn(i))] for i in range(len(blocks))]
+        attention, ffn = (
+            [sum(found[name] for name in last_of(branch(i))) for i in range(len(blocks))]
+            for branch in (blocks.attention, blocks.ffn)
+        )
         linear = {name: found[name] for i in range(len(blocks)) for name in blocks.linears(i)}
         whole, every = sum(attention) + sum(ffn), sum(linear.values())
         return Scores(
@@ -67,8 +71,7 @@ class Relevance(Collector):
         """Sum over tokens of |value times gradient| at each linear and each branch of a block."""
         blocks = self._decoder.blocks
         modules = blocks.linears(step.index)
-        for branch in (blocks.attention(step.index), blocks.ffn(step.index)):
-            modules[self._last_of(branch)] = branch[self._last_of(branch)]
+        modules |= last_of(blocks.attention(step.index)) | last_of(blocks.ffn(step.index))
         sums = dict.fromkeys(modules, 0.0)
         outputs: dict[str, Tensor] = {}
 
@@ -98,18 +101,18 @@ class Relevance(Collector):
 
     @contextmanager
     def _rules(self, index: int) -> Iterator[None]:
-        """The rules inside a resident block, whose attention must have been seen at the end."""
+        """The rules inside a resident block, whose attention, if any, must then have been seen."""
         blocks = self._decoder.blocks
         path = f"{blocks.prefix}.{index}"
         with attnlrp(blocks.layers[index], path) as products:
             yield
-        if not products.attention:
+        if blocks.attention(index) and not products.attention:
             raise NotApplicable(
                 f"{path}: its attention is not computed by torch's own products, where the "
                 "relevance rules apply; load the model with sdpa or eager attention"
             )
 
-    @staticmethod
-    def _last_of(branch: dict[str, nn.Module]) -> str:
-        """The module whose output a branch is; the feed-forward of OPT has two."""
-        return next(reversed(branch))
+
+def last_of(branch: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """The module whose output a branch is, by name; OPT's feed-forward has two, a cut one none."""
+    return dict([*branch.items()][-1:])

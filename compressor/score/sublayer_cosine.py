@@ -13,9 +13,9 @@ from compressor.blocks import hidden
 from compressor.decoder import Decoder, skeleton
 from compressor.errors import NotApplicable
 from compressor.records import Scores
-from compressor.score.collector import Collector, Watcher
+from compressor.score.collector import Collector, Watcher, refuse_shared
 from compressor.score.stream import StreamNorms, cosine, norm
-from compressor.sublayers import Sublayer, find_sublayers
+from compressor.sublayers import find_sublayers
 from compressor.walk import Step
 
 
@@ -24,7 +24,8 @@ class BranchCosines(Watcher):
 
     The stream between the branches is what the feed-forward branch reads; where both read the
     block's input (parallel residuals), the attention's output is watched instead and x + FFN is
-    x_out - attention. Raises `NotApplicable` for blocks whose branches cannot be told apart.
+    x_out - attention. A branch that is not there has cosine 1. Raises `NotApplicable` for blocks
+    whose branches cannot be told apart or are run with another block's weights.
 
     Attributes:
         attention, ffn: (B, T) float32, of the batch that just passed.
@@ -36,17 +37,17 @@ class BranchCosines(Watcher):
         """Find the branches of every block."""
         self._stream = stream
         self._model = decoder.model
-        self._blocks: list[tuple[Sublayer, Sublayer, bool]] = []
-        for index, both in enumerate(find_sublayers(skeleton(decoder.reader.checkpoint.folder))):
-            if both.attention is None or both.ffn is None:
-                raise NotApplicable(f"block {index} has lost a sublayer; score whole blocks")
-            self._blocks.append((both.attention, both.ffn, both.parallel))
+        refuse_shared(decoder)
+        self._blocks = find_sublayers(skeleton(decoder.reader.checkpoint.folder))
         self._seen: Tensor | None = None
 
     @contextmanager
     def watching(self, step: Step) -> Iterator[None]:
         """Keep the stream between the branches, or the attention's output."""
-        before, after, parallel = self._blocks[step.index]
+        both = self._blocks[step.index]
+        if not both.attention or not both.ffn:
+            yield
+            return
 
         def middle(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._seen = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
@@ -54,11 +55,11 @@ class BranchCosines(Watcher):
         def attention(_: nn.Module, __: Any, output: Any) -> None:
             self._seen = hidden(output)
 
-        if parallel:
-            last = self._model.get_submodule(before.last)
+        if both.parallel:
+            last = self._model.get_submodule(both.attention.last)
             handle = last.register_forward_hook(attention)
         else:
-            first = self._model.get_submodule(after.first)
+            first = self._model.get_submodule(both.ffn.first)
             handle = first.register_forward_pre_hook(middle, with_kwargs=True)
         try:
             yield
@@ -67,10 +68,14 @@ class BranchCosines(Watcher):
 
     def update(self, step: Step, rows: slice, x_in: Tensor, x_out: Tensor) -> None:
         """Turn what was seen into cosines."""
+        both, whole = self._blocks[step.index], self._stream.cosine
+        if not both.attention or not both.ffn:
+            self.attention = whole if both.attention else torch.ones_like(whole)
+            self.ffn = whole if both.ffn else torch.ones_like(whole)
+            return
         assert self._seen is not None
         seen, self._seen = self._seen.to(x_in.device).view_as(x_in), None
-        parallel = self._blocks[step.index][2]
-        self.attention, self.ffn = branch_cosines(x_in, x_out, seen, self._stream, parallel)
+        self.attention, self.ffn = branch_cosines(x_in, x_out, seen, self._stream, both.parallel)
 
 
 def branch_cosines(
@@ -126,7 +131,8 @@ class FfnSaturation(Collector):
     s_l = mean over tokens behind the first `warm_up` of each window of cos(x, x + FFN_l(x)).
     Blocks before the first with s_l >= threshold (cold start) and behind the last such (cold
     end) are cold. Saliency: 1 - s_l, in [0, 2]; of cold blocks 3 - s_l, so that every cold block
-    ranks above every other and `lowest` takes them only when nothing else is left.
+    ranks above every other and `lowest` takes them only when nothing else is left. A feed-forward
+    that is not there is neither cold nor warm and has 0.
     """
 
     shares = (BranchCosines,)
@@ -148,6 +154,7 @@ class FfnSaturation(Collector):
                 "windows or a smaller warm_up"
             )
         self._branches, self._threshold, self._warm_up = branches, threshold, warm_up
+        self._absent = decoder.blocks.absent.get("ffn", [])
         self._sums = torch.zeros(len(decoder.blocks), dtype=torch.float64)
         self._count = windows * (length - warm_up)
 
@@ -157,9 +164,11 @@ class FfnSaturation(Collector):
 
     def result(self) -> Scores:
         """One saliency per feed-forward; raises `NotApplicable` if every block is cold."""
-        saturation = (self._sums / self._count).tolist()
-        saliency = guarded(saturation, self._threshold)
-        return Scores(num_blocks=len(saliency), ffn={"ffn_saturation": saliency})
+        there = [i for i in range(len(self._sums)) if i not in self._absent]
+        saturation = (self._sums[there] / self._count).tolist()
+        saliency = torch.zeros_like(self._sums)
+        saliency[there] = torch.tensor(guarded(saturation, self._threshold), dtype=torch.float64)
+        return Scores(num_blocks=len(saliency), ffn={"ffn_saturation": saliency.tolist()})
 
 
 def guarded(saturation: list[float], threshold: float) -> list[float]:

@@ -68,6 +68,7 @@ class EvenParams(Params):
 class FixedParams(Params):
     """Parameters of an explicit list."""
 
+    num_blocks: int | None = Field(None, gt=0, description="blocks of the model the list is for")
     blocks: Indices = Field((), description="the blocks to remove")
     attention: Indices = Field((), description="the blocks to remove the attention of")
     ffn: Indices = Field((), description="the blocks to remove the feed-forward of")

@@ -24,7 +24,7 @@ def clasp(scores: Scores, trial: Trial, *, n: int, protect: tuple[int, ...]) -> 
     CLaSp (arXiv:2505.24196 section 3).
     """
     depth = scores.num_blocks
-    free_units(n, depth, "block", protect)
+    free_units(scores, n, "block", protect)
     kept = protected(depth, protect)
     stream = Stream(trial.decoder, trial.tokens, trial.batch_size)
     cells: dict[int, tuple[Tensor, tuple[int, ...]]] = {}

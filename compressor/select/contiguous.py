@@ -19,7 +19,7 @@ def contiguous(
     Raises `SelectionError` when no run is left or the score was not computed.
     """
     kept = protected(scores.num_blocks, protect)
-    free_units(n, scores.num_blocks, "block", kept)
+    free_units(scores, n, "block", kept)
     if n == 0:
         return Selection(num_blocks=scores.num_blocks, drop_blocks=[], reason="nothing to remove")
     row = _costs(scores, n, score)
@@ -50,7 +50,7 @@ def _costs(scores: Scores, n: int, score: str) -> list[float]:
 def simple(scores: Scores, *, n: int) -> Selection:
     """Remove blocks L-1-n..L-2: the deepest n but the last (arXiv:2403.17887 section 4.4)."""
     last = scores.num_blocks - 1
-    free_units(n, scores.num_blocks, "block", {last})
+    free_units(scores, n, "block", {last})
     return Selection(
         num_blocks=scores.num_blocks,
         drop_blocks=list(range(last - n, last)),

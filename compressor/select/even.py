@@ -22,7 +22,7 @@ def even(scores: Scores, *, n: int | None, speedup: float | None) -> Selection:
     if (n is None) == (speedup is None):
         raise SelectionError("even: give exactly one of n (blocks to remove) and speedup")
     removed = n if n is not None else depth - int(depth / (speedup or 1) + 1e-9)
-    free_units(removed, depth, "block", ())
+    free_units(scores, removed, "block", ())
     if depth - removed == 1 < depth:
         raise SelectionError("even: the first and the last block stay, so one block is too few")
     steps = depth - removed - 1

@@ -36,7 +36,7 @@ def evolution(
     start does.
     """
     depth = scores.num_blocks
-    free = free_units(n, depth, part, protect)
+    free = free_units(scores, n, part, protect)
     units = frozenset(starting_units(scores, n, start, score=score, part=part, protect=protect))
     began, draw = trial.spent, random.Random(seed)
     with progress.task("evolution", max_masks) as bar:

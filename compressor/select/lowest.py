@@ -37,7 +37,7 @@ def lowest_units(
     scores: Scores, n: int, score: str, part: Part, protect: tuple[int, ...]
 ) -> list[Unit]:
     """The n lowest units by a score, the lowest first; raises `SelectionError`."""
-    free = free_units(n, scores.num_blocks, part, protect)
+    free = free_units(scores, n, part, protect)
     for kind in sorted({kind for kind, _ in all_units(1, part)}):
         known = getattr(scores, kind)
         if score not in known:
@@ -49,6 +49,7 @@ def lowest_units(
 def fixed(
     scores: Scores,
     *,
+    num_blocks: int | None = None,
     blocks: tuple[int, ...],
     attention: tuple[int, ...] = (),
     ffn: tuple[int, ...] = (),
@@ -58,16 +59,21 @@ def fixed(
     """Remove exactly the listed blocks and sublayers; negative indices count from the end.
 
     A block that loses both sublayers goes whole; `reuse_*` let blocks run with the weights of
-    others' sublayers. Raises `SelectionError` for one listed twice and for such pairs of which
-    one is gone.
+    others' sublayers. Raises `SelectionError` for a list made for another `num_blocks`, for one
+    listed twice and for such pairs of which one is gone.
     """
+    if num_blocks not in (None, scores.num_blocks):
+        raise SelectionError(
+            f"the selection is for a model of {num_blocks} blocks, but this one has "
+            f"{scores.num_blocks}; score and select again on this model"
+        )
     lists = {"blocks": blocks, "attention": attention, "ffn": ffn}
     gone = {kind: protected(scores.num_blocks, listed) for kind, listed in lists.items()}
     for kind, listed in lists.items():
         if len(gone[kind]) != len(listed):
             raise SelectionError(f"{kind}: a block is listed twice in {list(listed)}")
     whole = gone["blocks"] | (gone["attention"] & gone["ffn"])
-    free_units(len(whole), scores.num_blocks, "block", ())
+    free_units(scores, len(whole), "block", ())
     units = [("block", i) for i in whole]
     units += [(kind, i) for kind in ("attention", "ffn") for i in gone[kind] - whole]
     dropped = cut(scores.num_blocks, units, "the list that was given").model_dump()

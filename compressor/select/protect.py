@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable
 from typing import Literal
 
 from compressor.errors import SelectionError
-from compressor.records import Selection
+from compressor.records import Scores, Selection
 
 Part = Literal["block", "attention", "ffn", "sublayers"]
 """What a budget counts; `sublayers` is attention and feed-forward in one list of 2L."""
@@ -30,20 +30,20 @@ def all_units(num_blocks: int, part: Part) -> list[Unit]:
     return [(kind, i) for kind in _KINDS.get(part, (part,)) for i in range(num_blocks)]
 
 
-def free_units(n: int, num_blocks: int, part: Part, protect: Collection[int]) -> list[Unit]:
-    """The units that may go: those of unprotected blocks.
+def free_units(scores: Scores, n: int, part: Part, protect: Collection[int]) -> list[Unit]:
+    """The units that may go: those that are there, of unprotected blocks.
 
     Raises `SelectionError` when n cannot go; one unit at least always stays.
     """
-    kept = protected(num_blocks, protect)
-    units = all_units(num_blocks, part)
+    kept = protected(scores.num_blocks, protect)
+    units = [(kind, i) for kind in _KINDS.get(part, (part,)) for i in scores.having(kind)]
     free = [unit for unit in units if unit[1] not in kept]
     most = min(len(free), len(units) - 1)
     if n > most:
         names = {"block": "blocks", "attention": "attentions", "ffn": "feed-forwards"}
         raise SelectionError(
             f"n = {n} is more than the {most} {names.get(part, part)} that can be removed from "
-            f"this model of {num_blocks} blocks ({len(kept)} protected)"
+            f"this model of {scores.num_blocks} blocks ({len(kept)} protected)"
         )
     return free
 

@@ -32,7 +32,7 @@ def skrr(
     1 and 2, where f is the text encoder behind its projection.
     """
     depth = scores.num_blocks
-    free = free_units(n, depth, "sublayers", protect)
+    free = free_units(scores, n, "sublayers", protect)
     began, measure = trial.spent, _Discrepancy(trial)
     total = sum((beam if done else 1) * (len(free) - done) for done in range(n))
     beams: list[tuple[float, frozenset[Unit]]] = [(0.0, frozenset())]
@@ -42,7 +42,7 @@ def skrr(
             found = trial.try_all(measure, [cut(depth, mask) for mask in masks], bar)
             beams = sorted(zip(found, masks, strict=True), key=lambda each: each[0])[:beam]
     skipped, gone = beams[0]
-    shared, least = _shared(depth, gone, measure, skipped) if reuse else ({}, skipped)
+    shared, least = _shared(scores, gone, measure, skipped) if reuse else ({}, skipped)
     reason = f"beam search to distance {skipped:.4g}, {least:.4g} with {len(shared)} shared"
     return _selection(depth, gone, shared, reason, trial.spent - began)
 
@@ -61,13 +61,14 @@ class _Discrepancy:
 
 
 def _shared(
-    depth: int, gone: frozenset[Unit], measure: _Discrepancy, least: float
+    scores: Scores, gone: frozenset[Unit], measure: _Discrepancy, least: float
 ) -> tuple[dict[Unit, int], float]:
     """Whose weights the skipped sublayers run with, where that lowers D, and the D left."""
+    depth = scores.num_blocks
     shared: dict[Unit, int] = {}
     for unit in sorted(gone, key=lambda u: (u[1], u[0])):
         kind, index = unit
-        kept = [i for i in range(depth) if (kind, i) not in gone]
+        kept = [i for i in scores.having(kind) if (kind, i) not in gone]
         givers = [*[i for i in kept if i < index][-1:], *[i for i in kept if i > index][:1]]
         for giver in givers:
             distance = measure(_selection(depth, gone, shared | {unit: giver}))

@@ -19,7 +19,7 @@ def sleb(
     SLEB (arXiv:2402.09025 algorithm 1), whose code never touches the first and last block.
     """
     depth = scores.num_blocks
-    free = free_units(n, depth, part, protect)
+    free = free_units(scores, n, part, protect)
     began, gone, loss = trial.spent, list[Unit](), 0.0
     with progress.task("sleb", n * len(free) - n * (n - 1) // 2) as bar:
         for _ in range(n):

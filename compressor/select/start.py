@@ -21,7 +21,7 @@ def starting_units(
     A list holds indices of blocks; of sublayers, attentions are 0..L-1 and feed-forwards L..2L-1.
     Raises `SelectionError` for a list that does not fit the budget, the model or the protection.
     """
-    free = free_units(n, scores.num_blocks, part, protect)
+    free = free_units(scores, n, part, protect)
     if start == "lowest":
         return lowest_units(scores, n, score, part, protect)
     if start == "contiguous":

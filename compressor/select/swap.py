@@ -31,7 +31,7 @@ def swap(
     than the start on these tokens. Raises `SelectionError` as the start does.
     """
     depth = scores.num_blocks
-    free = free_units(n, depth, part, protect)
+    free = free_units(scores, n, part, protect)
     units = starting_units(scores, n, start, score=score, part=part, protect=protect)
     began, order, tried = trial.spent, random.Random(seed), 1
     with progress.task("swap", max_masks) as bar:
