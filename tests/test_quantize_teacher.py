@@ -62,8 +62,8 @@ def test_blocks_that_went_in_two_halves_are_gone(tmp_path: Path) -> None:
     save_tiny(tmp_path / "deep", "llama", **DEPTH)
     first = Selection(num_blocks=6, drop_blocks=[0], drop_attention=[2, 4])
     second = Selection(num_blocks=5, drop_ffn=[1])
-    cut_sublayers(tmp_path / "deep", first, tmp_path / "once")
-    cut_sublayers(tmp_path / "once", second, tmp_path / "twice")
+    cut_sublayers(tmp_path / "deep", first, tmp_path / "once", flavour="auto")
+    cut_sublayers(tmp_path / "once", second, tmp_path / "twice", flavour="auto")
     assert len(Decoder(tmp_path / "twice").blocks) == 4
     assert blocks_left(tmp_path / "deep", [first, second]) == [1, 3, 4, 5]
     assert blocks_left(tmp_path / "once", [second]) == [0, 2, 3, 4]
