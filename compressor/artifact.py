@@ -133,6 +133,7 @@ class Store:
                 ) from None
             for stale in self.root.glob(f".tmp-{key[:16]}-*"):
                 shutil.rmtree(stale)
+            self._settle(self.folder(stage, key), key)
             draft = self.root / f".tmp-{key[:16]}-{os.getpid()}"
             draft.mkdir()
             try:
@@ -159,11 +160,23 @@ class Store:
         _sync(draft / MANIFEST)
         target = self.folder(manifest.stage, manifest.key)
         if target.exists():
-            shutil.rmtree(target)
+            os.replace(target, self._replaced(manifest.key))
         os.replace(draft, target)
         _sync(self.root)
+        self._settle(target, manifest.key)
         shutil.rmtree(self.work(manifest.stage, manifest.key), ignore_errors=True)
         return target
+
+    def _replaced(self, key: str) -> Path:
+        """Where an artifact is while another takes its place."""
+        return self.root / f".old-{key[:16]}"
+
+    def _settle(self, target: Path, key: str) -> None:
+        """Remove what was replaced, or put it back where a crash kept the new one from coming."""
+        old = self._replaced(key)
+        if old.exists() and not target.exists():
+            os.replace(old, target)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -26,7 +26,7 @@ SHARD_BYTES = 4 * 2**30
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _WEIGHTS = ("*.safetensors", INDEX, *_PICKLES, "*.gguf")
 _CODE = Path(__file__).parent / "shallow"
-_REPORTS = ("manifest.json", "sparsity.json", "width.json")
+_REPORTS = ("manifest.json", "metrics.jsonl", "sparsity.json", "width.json")
 _NOT_CARRIED = ("config.json", "README.md", ".gitattributes", *_REPORTS)
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
+from typing import TypeVar
 
 from compressor.errors import SourceError
 from compressor.sources import ModelSource, TextSource, package_file, remembered_digest
+
+S = TypeVar("S", ModelSource, TextSource)
 
 WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 """What is taken from a model folder: no pickles, no code."""
@@ -43,6 +46,12 @@ def fingerprint_text(source: TextSource) -> str:
     if source.dataset:
         return f"hub:{_commit('dataset', source.dataset, source.revision)}"
     return f"sha256:{remembered_digest(locate_text(source))}"
+
+
+def pinned(source: S, fingerprint: str) -> S:
+    """The source at the hub commit that its fingerprint names, wherever the branch is by now."""
+    kind, _, commit = fingerprint.partition(":")
+    return source.model_copy(update={"revision": commit}) if kind == "hub" else source
 
 
 def model_files(folder: Path) -> list[Path]:

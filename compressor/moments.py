@@ -40,7 +40,7 @@ class Gram:
 class Cross:
     """D X^T of what one stream lacks beside another and what it reads, as a mean over tokens.
 
-    Accumulates (O, I) in float32; products are taken in the dtype of x, or of the autocast.
+    Accumulates (O, I) in float32; products are taken in float32, or in the autocast's dtype.
     """
 
     def __init__(self, rows: int, features: int, device: torch.device) -> None:
@@ -50,8 +50,8 @@ class Cross:
 
     def add(self, lacking: Tensor, x: Tensor) -> None:
         """Add the same tokens' d (..., O) and x (..., I)."""
-        lacking, x = (each.reshape(-1, each.shape[-1]) for each in (lacking, x))
-        self._sum += lacking.to(x.dtype).T @ x
+        lacking, x = (each.reshape(-1, each.shape[-1]).float() for each in (lacking, x))
+        self._sum += lacking.T @ x
         self._count += len(x)
 
     @property

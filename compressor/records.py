@@ -164,8 +164,8 @@ class BitPlan(Record):
 
     Attributes:
         linears: pattern to width; the first that matches a linear's full name counts. A
-            pattern is a name in which * stands for anything, or `re:` and a regular
-            expression for the whole name.
+            pattern is a name as shells match it (* for anything, ? for a character, [..] for
+            one of several), or `re:` and a regular expression for the whole name.
         reason: one sentence on how it was chosen.
     """
 

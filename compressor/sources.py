@@ -6,13 +6,13 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from compressor.errors import SourceError, did_you_mean
+from compressor.files import write_whole
 
 
 class Source(BaseModel):
@@ -125,10 +125,7 @@ def remembered_digest(path: Path) -> str:
         known = {}
     if entry not in known:
         known[entry] = file_digest(path)
-        memo.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=memo.parent, delete=False) as file:
-            json.dump(known, file)
-        os.replace(file.name, memo)
+        write_whole(memo, json.dumps(known))
     return known[entry]
 
 

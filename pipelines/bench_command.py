@@ -19,6 +19,7 @@ from compressor.runtimes.bench import bench as run_bench
 from pipelines import display, table
 from pipelines.commands import JSON, QUIET, STORE
 from pipelines.plan import CHECKPOINTS
+from pipelines.runs import read_run
 
 HEADINGS = (
     "model", "runtime", "threads", "size", "load s", "first token s", "prefill tok/s",
@@ -94,7 +95,7 @@ def bench(
 def find_cases(models: Sequence[str], runtimes: Sequence[str], store: Path) -> list[Case]:
     """A case per folder, or stage of a run, and runtime that runs it.
 
-    Raises `ConfigError` for what is neither a folder nor a run.
+    Raises `ConfigError` for an unknown runtime, `ArtifactError` for neither a folder nor a run.
     """
     for name in runtimes:
         if name not in RUNTIMES and name != "auto":
@@ -112,12 +113,8 @@ def find_cases(models: Sequence[str], runtimes: Sequence[str], store: Path) -> l
 
 def _run_cases(name: str, runtimes: Sequence[str], store: Path) -> list[Case]:
     """Checkpoints and exports of a run, each in those of the runtimes that run it."""
-    path = store / "runs" / f"{name}.json"
-    if not path.is_file():
-        known = [p.stem for p in path.parent.glob("*.json")]
-        raise ConfigError(f"{name}: no folder and no run of this name{did_you_mean(name, known)}")
     cases = []
-    for stage in json.loads(path.read_text(encoding="utf-8"))["stages"]:
+    for stage in read_run(name, store)["stages"]:
         if stage["verb"] not in (*CHECKPOINTS, "export"):
             continue
         label = "original" if stage["verb"] == "model" else stage["label"]

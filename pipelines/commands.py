@@ -18,6 +18,7 @@ from pipelines import config as configuration
 from pipelines import display, ranks, table
 from pipelines.run import Event, Options, make_plan
 from pipelines.run import run as run_plan
+from pipelines.runs import read_run
 
 STORE = click.option(
     "--store",
@@ -133,11 +134,7 @@ def plan(config: Path, overrides: tuple[str, ...], store: Path, as_json: bool) -
 @click.option("--markdown", is_flag=True, help="As a Markdown table, for a README.")
 def show(name: str, store: Path, as_json: bool, markdown: bool) -> None:
     """Print the table of a finished run again."""
-    path = store / "runs" / f"{name}.json"
-    if not path.is_file():
-        known = [p.stem for p in path.parent.glob("*.json")]
-        raise ArtifactError(f"{path}: no such run{did_you_mean(name, known)}")
-    record = json.loads(path.read_text(encoding="utf-8"))
+    record = read_run(name, store)
     if as_json:
         click.echo(json.dumps(record | {"table": table.rows(record)}, indent=1))
     elif markdown:

@@ -20,6 +20,7 @@ REQUIRED = (
 )  # fmt: skip
 OPTIONAL = {
     "onnx-ir": ("cpu", "writing ONNX"),
+    "onnxscript": ("cpu", "tracing families whose graph is not emitted"),
     "datasets": ("hub", "hub data sets"),
     "matplotlib": ("plot", "pictures"),
     "lm-eval": ("eval", "task evaluation"),
@@ -53,6 +54,7 @@ def report(store: Path) -> list[Check]:
             for name, (extra, purpose) in OPTIONAL.items()
         ),
         _runtime(),
+        _genai(),
     ]
 
 
@@ -133,6 +135,20 @@ def _runtime() -> Check:
         return Check("onnxruntime", "problem", f"{there[0]} cannot be imported ({error})", fix)
     providers = ", ".join(onnxruntime.get_available_providers())
     return Check("onnxruntime", "ok", f"{there[0]} {_version(there[0])}: {providers}")
+
+
+def _genai() -> Check:
+    """onnxruntime-genai, in the build that fits the onnxruntime that is there."""
+    wanted = "onnxruntime-genai-cuda" if _version(RUNTIMES[1]) else "onnxruntime-genai"
+    other = "onnxruntime-genai" if wanted.endswith("cuda") else "onnxruntime-genai-cuda"
+    if _version(other):
+        fix = f"pip uninstall -y {other} && pip install {wanted}"
+        found = f"{other}, which does not fit the onnxruntime here"
+        return Check("onnxruntime-genai", "problem", found, fix)
+    if version := _version(wanted):
+        return Check("onnxruntime-genai", "ok", version)
+    purpose = "the runtime genai"
+    return Check("onnxruntime-genai", "missing", purpose, f"pip install {wanted}")
 
 
 def _package(name: str, fix: str, purpose: str) -> Check:

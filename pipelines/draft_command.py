@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import click
 from compressor import progress
 from compressor.errors import ConfigError, SourceError
 from compressor.fetch import fingerprint_model, locate_model
+from compressor.files import write_whole
 from compressor.sources import ModelSource, TextRole
 from pipelines import display
 from pipelines.commands import JSON, QUIET, STORE
@@ -58,7 +59,8 @@ def draft(
     """Measure SHALLOW (a checkpoint, or an export) as the draft of PARENT, greedily.
 
     The text must be the parent's own, token by token, or the command fails. The figures are
-    kept with the checkpoint's hash, and compress publish writes them on its card.
+    kept with the hashes of both, and compress publish writes them on the card of what was made
+    from that PARENT.
 
     \b
     compress draft exported PARENT --prompts prompts.txt
@@ -87,12 +89,10 @@ def draft(
         assert role.source
         rows = list(cut(role.source, tokenizer, role, seed=0).tokens)
     measured = measure(*models, rows, draft_tokens=draft_tokens, new_tokens=new_tokens)
-    measured = {"format": 1, "device": device, **measured}
-    path = record_path(folder, store)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    told = hashlib.sha256(json.dumps([row.tolist() for row in rows]).encode()).hexdigest()
+    names = {"parent": fingerprint(original), "text": f"sha256:{told}"}
+    measured = {"format": 1, "device": device, **names, **measured}
+    write_whole(record_path(folder, original, store), json.dumps(measured, indent=1) + "\n")
     click.echo(json.dumps(measured, indent=1) if as_json else in_words(measured))
 
 
@@ -102,10 +102,15 @@ def checkpoint(name: str) -> Path:
     return folder / "safetensors" if (folder / "safetensors").is_dir() else folder
 
 
-def record_path(folder: Path, store: Path) -> Path:
-    """Where the figures of a checkpoint are kept, by the hash of its files."""
-    digest = fingerprint_model(ModelSource(path=str(folder))).removeprefix("sha256:")
-    return store / DRAFTS / f"{digest[:16]}.json"
+def record_path(folder: Path, parent: Path, store: Path) -> Path:
+    """Where the figures of a draft and its parent are kept, by the hashes of their files."""
+    digests = [fingerprint(each).removeprefix("sha256:")[:16] for each in (folder, parent)]
+    return store / DRAFTS / f"{'-'.join(digests)}.json"
+
+
+def fingerprint(folder: Path) -> str:
+    """What pins a checkpoint: the hash of its files."""
+    return fingerprint_model(ModelSource(path=str(folder)))
 
 
 def in_words(measured: dict[str, Any]) -> str:

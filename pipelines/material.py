@@ -8,33 +8,43 @@ from typing import Any
 from safetensors.torch import save_file
 
 from compressor.checkpoint import write_json
+from compressor.errors import ConfigError
+from compressor.fetch import pinned
 from compressor.model import load_tokenizer, materialise
+from compressor.runtimes.base import Facts
 from compressor.text import windows
+from pipelines.job import Job
 from pipelines.plan import ROLES, text_source
-from pipelines.run import Job
 
 WINDOWS, TEXT = "windows.safetensors", "text.json"
 
 
 def model(job: Job) -> dict[str, Any]:
     """Import a source as a Hugging Face folder."""
-    return materialise(job.config.head.models[job.stage.label], job.out)
+    source = job.config.head.models[job.stage.label]
+    return materialise(pinned(source, job.stage.params["fingerprint"]), job.out)
 
 
 def text(job: Job) -> dict[str, Any]:
     """Cut one role's windows, apart from those of the roles before it."""
     role = job.stage.params["role"]
-    source = text_source(job.config, role)
+    source, spec = text_source(job.config, role), getattr(job.config.head.text, role)
     assert source is not None
+    context = Facts.of(job.inputs["tokenizer"]).context
+    if context is not None and spec.length > context:
+        raise ConfigError(
+            f"text.{role}.length: {spec.length} tokens, but the model reads at most {context}; "
+            f"set it (--length) to {context} or less"
+        )
     used: dict[str, int] = {}
     hashes: frozenset[str] = frozenset()
     for earlier in (r for r in ROLES if r in job.inputs):
         record = json.loads((job.inputs[earlier] / TEXT).read_text())
         used, hashes = record["used"], frozenset(record["hashes"])
     found = windows(
-        source,
+        pinned(source, job.stage.params["fingerprint"]),
         load_tokenizer(job.inputs["tokenizer"]),
-        getattr(job.config.head.text, role),
+        spec,
         seed=job.config.head.seed,
         used=used,
         hashes=hashes,

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -67,8 +68,9 @@ def publish(
     place = destination(to)
     bundle = open_bundle(find_export(folder, store))
     known = Origin("", base_model, license_)
-    story = tell(history(bundle.folder, store), place.name, revision, known)
-    story = dataclasses.replace(story, draft=_draft(bundle.folder, store))
+    records = history(bundle.folder, store)
+    story = tell(records, place.name, revision, known)
+    story = dataclasses.replace(story, draft=_draft(bundle.folder, records[0], store))
     if not private and story.origin.license is None:
         raise PublishError("--public: the licence of the source is not known; give --license")
     text = card(bundle, story).encode()
@@ -89,7 +91,13 @@ def publish(
         click.echo(report["url"])
 
 
-def _draft(folder: Path, store: Path) -> str:
-    """What compress draft measured of this checkpoint, in words; empty when it did not."""
-    path = record_path(checkpoint(str(folder)), store)
+def _draft(folder: Path, first: dict[str, Any], store: Path) -> str:
+    """What compress draft measured of this checkpoint beside the model that it was made from.
+
+    In words; empty when it did not. `first` is the record of the first run.
+    """
+    parent = next(Path(s["folder"]) for s in first["stages"] if s["label"] == "model")
+    if not parent.is_dir():
+        return ""
+    path = record_path(checkpoint(str(folder)), parent, store)
     return in_words(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else ""

@@ -16,41 +16,17 @@ from typing import Any, Literal
 from compressor.artifact import Manifest, Store
 from compressor.errors import ArtifactError, ConfigError, did_you_mean
 from compressor.fetch import fingerprint_model, fingerprint_text
+from compressor.files import write_whole
 from compressor.memory import import_for_good, peak, release, reset_peak
-from compressor.methods import Params
 from pipelines import ranks
 from pipelines.config import RunConfig
+from pipelines.job import Job
 from pipelines.plan import ROLES, Stage, plan, text_source
 
 RECORD_FORMAT = 1
 LIBRARIES = ("torch", "transformers", "safetensors", "peft", "bitsandbytes", "compressed-tensors")
 Event = Literal["cached", "start", "done", "damaged"]
 OnEvent = Callable[[Event, Stage], None]
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a stage function gets.
-
-    Attributes:
-        methods: method -> parameters.
-        inputs: role -> folder.
-        out: an empty folder to write into.
-        work: a folder for resuming; it survives a crash (not created yet).
-    """
-
-    stage: Stage
-    config: RunConfig
-    inputs: dict[str, Path]
-    out: Path
-    work: Path
-    device: str
-
-    @property
-    def method(self) -> tuple[str, Params]:
-        """The only method and its parameters."""
-        ((name, params),) = self.stage.methods.items()
-        return name, params
 
 
 @dataclass(frozen=True)
@@ -110,20 +86,26 @@ def ensure(
     stage: Stage, config: RunConfig, store: Store, on_event: OnEvent, *, again: bool = False
 ) -> None:
     """Build a stage unless it is stored in full; what is damaged is set aside first."""
-    status = store.status(stage.verb, stage.key)
+    there = store.status(stage.verb, stage.key) == "cached"
     if ranks.rank():
-        if status != "cached" and stage.verb in ranks.SHARED:
-            _build(stage, config, store)
+        if not there and stage.verb in ranks.SHARED:
+            with ranks.scratch() as draft:
+                _build(stage, config, store, draft)
         ranks.wait_until(lambda: store.status(stage.verb, stage.key) == "cached")
         return
-    if status == "damaged":
-        on_event("damaged", stage)
-        store.set_aside(stage.verb, stage.key)
-    if status == "cached" and not again:
+    if there and not again:
         on_event("cached", stage)
         return
-    on_event("start", stage)
-    _build(stage, config, store)
+    with store.draft(stage.verb, stage.key) as draft:
+        status = store.status(stage.verb, stage.key)  # another process may have been quicker
+        if status == "cached" and not again:
+            on_event("cached", stage)
+            return
+        if status == "damaged":
+            on_event("damaged", stage)
+            store.set_aside(stage.verb, stage.key)
+        on_event("start", stage)
+        _build(stage, config, store, draft)
     on_event("done", stage)
 
 
@@ -147,51 +129,51 @@ def _find(stages: list[Stage], name: str, flag: str) -> list[int]:
     return found
 
 
-def _build(stage: Stage, config: RunConfig, store: Store) -> None:
-    stages = import_for_good("pipelines.stages")
+def _build(stage: Stage, config: RunConfig, store: Store, draft: Path) -> None:
+    """Make a stage in `draft` and commit it, in the first process only."""
+    import_for_good("pipelines.stages")
     import torch
     from safetensors import SafetensorError
 
     from pipelines.quiet import silence_libraries
+    from pipelines.stages import STAGES
 
     silence_libraries()
     device = _device(config.head.device)
     torch.manual_seed(config.head.seed)
     reset_peak()
     began = time.monotonic()
-    with ranks.scratch() if ranks.rank() else store.draft(stage.verb, stage.key) as draft:
-        read = {**stage.inputs, **stage.beside}
-        inputs = {role: store.folder(s.verb, s.key) for role, s in read.items()}
-        work = store.work(stage.verb, stage.key)
-        try:
-            function: Callable[[Job], dict[str, Any]] = getattr(stages, stage.verb)
-            metrics = function(Job(stage, config, inputs, draft, work, device))
-            if ranks.rank():
-                return
-            manifest = Manifest(
-                stage=stage.verb,
-                method=stage.method,
-                version=stage.version,
-                key=stage.key,
-                params=dict(stage.params),
-                parents=stage.parents,
-                libraries=_versions(LIBRARIES),
-                device=device,
-                threads=torch.get_num_threads(),
-                metrics=metrics,
-                seconds=round(time.monotonic() - began, 3),
-                peak_bytes=peak(),
-            )
-            store.commit(draft, manifest)
-            release()
-        except (OSError, RuntimeError, SafetensorError) as error:
-            if not _disk_is_full(error):
-                raise
-            free = shutil.disk_usage(store.root).free / 2**30
-            raise ArtifactError(
-                f"{store.root}: the disk is full ({free:.1f} GiB free); finished stages are kept; "
-                "make room, or give another folder with --store, and run the same command again"
-            ) from error
+    read = {**stage.inputs, **stage.beside}
+    inputs = {role: store.folder(s.verb, s.key) for role, s in read.items()}
+    work = store.work(stage.verb, stage.key)
+    try:
+        metrics = STAGES[stage.verb](Job(stage, config, inputs, draft, work, device))
+        if ranks.rank():
+            return
+        manifest = Manifest(
+            stage=stage.verb,
+            method=stage.method,
+            version=stage.version,
+            key=stage.key,
+            params=dict(stage.params),
+            parents=stage.parents,
+            libraries=_versions(LIBRARIES),
+            device=device,
+            threads=torch.get_num_threads(),
+            metrics=metrics,
+            seconds=round(time.monotonic() - began, 3),
+            peak_bytes=peak(),
+        )
+        store.commit(draft, manifest)
+        release()
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not _disk_is_full(error):
+            raise
+        free = shutil.disk_usage(store.root).free / 2**30
+        raise ArtifactError(
+            f"{store.root}: the disk is full ({free:.1f} GiB free); finished stages are kept; "
+            "make room, or give another folder with --store, and run the same command again"
+        ) from error
 
 
 def _device(asked: str) -> str:
@@ -249,10 +231,7 @@ def _record(config: RunConfig, stages: list[Stage], store: Store) -> dict[str, A
     if ranks.rank():
         return record
     path = store.root.parent / "runs" / f"{config.head.name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(f".{os.getpid()}.tmp")
-    draft.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(draft, path)
+    write_whole(path, json.dumps(record, indent=1) + "\n")
     return record
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,15 @@ from compressor.blocks import Blocks
 from compressor.checkpoint import write_json
 from compressor.decoder import Decoder, skeleton
 from compressor.heal import TEACHER, TrainingParams
+from compressor.prune.sublayers import blocks_left
 from compressor.quantize import GridParams
 from compressor.quantize.teacher import Teacher
 from compressor.records import BitPlan, Scores, Selection
 from compressor.trial import Trial
+from pipelines import material
 from pipelines.config import methods
+from pipelines.job import Job
 from pipelines.material import WINDOWS
-from pipelines.material import model as model
-from pipelines.material import text as text
-from pipelines.run import Job
 
 SCORES, SELECTION, BITS = "scores.json", "selection.json", "bits.json"
 
@@ -186,11 +186,8 @@ def _teacher(job: Job, roles: tuple[str, ...]) -> Teacher | None:
     if not roles:
         return None
     folder = job.inputs[roles[0]]
-    kept = list(range(len(Blocks(skeleton(folder)))))
-    for cut in (folder for role, folder in job.inputs.items() if role.startswith("cut ")):
-        gone = set(Selection.load(cut / SELECTION).drop_blocks)
-        kept = [block for index, block in enumerate(kept) if index not in gone]
-    return Teacher(folder, kept)
+    cuts = [made for role, made in job.inputs.items() if role.startswith("cut ")]
+    return Teacher(folder, blocks_left(folder, (Selection.load(c / SELECTION) for c in cuts)))
 
 
 def export(job: Job) -> dict[str, Any]:
@@ -234,14 +231,9 @@ def _speed(job: Job, folder: Path, runtime: str) -> dict[str, Any]:
     from compressor.runtimes import Target
     from compressor.runtimes.measure import measure
 
-    timing = job.config.head.evaluate
-    return measure(
-        Target(folder, runtime),
-        device=job.device,
-        prompt_tokens=timing.prompt_tokens,
-        new_tokens=timing.new_tokens,
-        repeats=timing.repeats,
-    )
+    counts = {"prompt_tokens", "new_tokens", "repeats"}
+    asked = job.config.head.evaluate.model_dump(include=counts)
+    return measure(Target(folder, runtime), device=job.device, **asked)
 
 
 def trial(job: Job) -> dict[str, Any]:
@@ -298,3 +290,11 @@ def _tokens(job: Job, role: str) -> Tensor | None:
 
 def _method(job: Job) -> Callable[..., Any]:
     return methods(job.stage.verb)[job.method[0]].load()
+
+
+STAGES: Mapping[str, Callable[[Job], dict[str, Any]]] = {
+    "model": material.model, "text": material.text, "score": score, "select": select,
+    "prune": prune, "teacher": teacher, "heal": heal, "costs": costs, "allocate": allocate,
+    "quantize": quantize, "export": export, "evaluate": evaluate, "trial": trial,
+}  # fmt: skip
+"""What runs for each verb of a plan."""

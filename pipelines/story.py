@@ -12,12 +12,13 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from compressor.artifact import MANIFEST, read_manifest
-from compressor.errors import ArtifactError, PublishError, did_you_mean
+from compressor.errors import ArtifactError, PublishError
 from compressor.publish.card import Step, Story
 from compressor.publish.origin import Origin, origin
 from compressor.sources import ModelSource
 from pipelines import table
 from pipelines.config import VERBS, methods
+from pipelines.runs import read_run
 
 Record = dict[str, Any]
 
@@ -34,14 +35,10 @@ def find_export(name: str, store: Path) -> Path:
         above = folder.resolve().parent
         hint = f"; give {above}" if (above / MANIFEST).is_file() else ""
         raise ArtifactError(f"{folder}: no {MANIFEST}, so no export{hint}")
-    path = store / "runs" / f"{name}.json"
-    if not path.is_file():
-        known = [p.stem for p in path.parent.glob("*.json")]
-        raise ArtifactError(f"{name}: no such folder and no such run{did_you_mean(name, known)}")
-    stages = json.loads(path.read_text(encoding="utf-8"))["stages"]
+    stages = read_run(name, store)["stages"]
     exports = [Path(stage["folder"]) for stage in stages if stage["verb"] == "export"]
     if not exports:
-        raise PublishError(f"{path}: this run exported nothing; add an export stage and run again")
+        raise PublishError(f"{name}: this run exported nothing; add an export stage and run again")
     return exports[-1]
 
 

@@ -8,11 +8,14 @@ import inspect
 import os
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 from pipelines.config import VERBS, methods
+from pipelines.plan import VERSIONS
+from pipelines.stages import STAGES
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted([*ROOT.glob("compressor/**/*.py"), *ROOT.glob("pipelines/**/*.py")])
@@ -27,6 +30,7 @@ LAYERS = (
     {
         "progress",
         "families",
+        "files",
         "methods",
         "sources",
         "sparsity",
@@ -91,6 +95,20 @@ def test_imports_go_one_way(path: Path) -> None:
     assert higher == []
 
 
+def test_the_pipelines_import_each_other_in_no_circle() -> None:
+    names = {path.stem: path for path in ROOT.glob("pipelines/*.py")}
+    assert len(names) > 20
+    needs = {
+        name: {m.split(".")[1] for m in modules(path) if m.startswith("pipelines.")} - {name}
+        for name, path in names.items()
+    }
+    TopologicalSorter(needs).prepare()
+
+
+def test_every_stage_of_a_plan_has_its_function() -> None:
+    assert {*VERBS, *VERSIONS, "evaluate", "teacher", "costs"} == STAGES.keys()
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_files_and_functions_stay_small(path: Path) -> None:
     source = path.read_text()
@@ -124,10 +142,11 @@ def test_tables_point_at_functions_that_take_the_parameters(verb: str) -> None:
         assert set(row.needs) <= ROLES
         target = row.load()
         assert inspect.getdoc(target)
-        if verb in ("score", "select"):
+        if verb in ("score", "select", "prune"):  # others get their parameters as one object
             signature = inspect.signature(target)
             keywords = {p.name for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY}
-            assert keywords == set(row.params.model_fields)
+            of_the_run = {"device", "batch_size"} if verb == "prune" else set()
+            assert keywords - of_the_run == set(row.params.model_fields)
 
 
 def test_every_method_is_described_in_the_tables_only_once() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,29 @@ def test_a_crashed_draft_is_cleaned_up(tmp_path: Path) -> None:
     stale.mkdir()
     build(Store(tmp_path))
     assert not stale.exists()
+
+
+def test_a_crash_while_replacing_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path)
+    folder, replace = build(store), os.replace
+
+    def dies(source: Path, target: Path) -> None:
+        if target == folder:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", dies)
+        with pytest.raises(KeyboardInterrupt):
+            build(store, "newer")
+    assert store.status("prune", KEY) == "missing"
+    with store.draft("prune", KEY):
+        assert store.status("prune", KEY) == "cached"
+    assert (folder / "sub/file").read_text() == "weights"
+    assert (build(store, "newer") / "sub/file").read_text() == "newer"
+    assert [p.name for p in tmp_path.iterdir()] == [folder.name]
 
 
 def test_every_part_of_the_key_counts() -> None:

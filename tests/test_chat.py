@@ -240,7 +240,7 @@ def test_interrupting_once_asks_and_twice_ends() -> None:
         (["generate", "model", "--prompt", "x" * 300], "the model's context is 256"),
         (["generate", "model", "--prompt", ""], "the prompt has no tokens"),
         (["generate", "model", "--prompt", "x", "--runtime", "genie"], "did you mean 'genai'"),
-        (["bench", "nothing"], "nothing: no folder and no run of this name"),
+        (["bench", "nothing"], "nothing: neither a folder nor a run in "),
         (["bench", "model", "--threads", "0"], "--threads 0: expected counts"),
         (["bench", "model", "--runtime", "torsh"], "did you mean 'torch'"),
         (["bench", "model", "--prompt-tokens", "250", "--repeats", "1"], "context of 256"),

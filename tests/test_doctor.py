@@ -104,6 +104,27 @@ def test_a_runtime_that_does_not_import(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert (check.state, check.fix) == ("problem", "pip install --force-reinstall onnxruntime")
 
 
+@pytest.mark.parametrize(
+    ("there", "state", "fix"),
+    [
+        ({"onnxruntime", "onnxruntime-genai"}, "ok", ""),
+        ({"onnxruntime-gpu", "onnxruntime-genai-cuda"}, "ok", ""),
+        ({"onnxruntime"}, "missing", "pip install onnxruntime-genai"),
+        ({"onnxruntime-gpu"}, "missing", "pip install onnxruntime-genai-cuda"),
+        (
+            {"onnxruntime-gpu", "onnxruntime-genai"},
+            "problem",
+            "pip uninstall -y onnxruntime-genai && pip install onnxruntime-genai-cuda",
+        ),
+    ],
+)
+def test_genai_goes_with_its_onnxruntime(
+    there: set[str], state: str, fix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "_version", lambda name: "1.0" if name in there else "")
+    assert (doctor._genai().state, doctor._genai().fix) == (state, fix)
+
+
 def test_both_onnxruntimes_are_a_problem(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(doctor, "_version", lambda name: "" if name == "datasets" else "1.0")
     checks = {check.name: check for check in report(tmp_path)}

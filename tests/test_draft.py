@@ -15,6 +15,8 @@ from transformers.generation.candidate_generator import AssistedCandidateGenerat
 from compressor.errors import DraftError
 from compressor.evaluate import draft as draft_module
 from compressor.evaluate.draft import Rounds, load, measure, predicted_speedup, tokens_per_round
+from compressor.fetch import fingerprint_model
+from compressor.sources import ModelSource
 from pipelines.cli import cli
 from pipelines.draft_command import checkpoint, in_words, record_path
 from tests.tiny import save_corpus, save_tiny, save_tokenizer, tiny, tokens
@@ -152,10 +154,13 @@ def test_the_command_keeps_its_figures_with_the_checkpoint(
     }
     run(project, *given[source], "--json")
     said = json.loads(capsys.readouterr().out)
-    path = record_path(checkpoint(str(project / "exported")), project / "artifacts")
+    parent, folder = project / "parent", checkpoint(str(project / "exported"))
+    path = record_path(folder, parent, project / "artifacts")
     assert json.loads(path.read_text()) == said
     assert said["prompts"] == {"prompts": 2, "text": 4}[source]
     assert said["format"] == 1
+    assert said["parent"] == fingerprint_model(ModelSource(path=str(parent)))
+    assert said["text"].startswith("sha256:")
     assert f"{said['accepted']} of {said['drafted']} drafted tokens" in in_words(said)
 
 

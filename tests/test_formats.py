@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from transformers import AutoModelForCausalLM
 from compressor.checkpoint import Checkpoint, write_json
 from compressor.decoder import Decoder
 from compressor.dense import DenseReader
-from compressor.errors import CheckpointError, QuantizationError
+from compressor.errors import CheckpointError, ExportError, QuantizationError
+from compressor.export.nbits import block_size
 from compressor.layouts import Codes, Gptq, Packed
 from compressor.quantize import RtnParams
 from compressor.quantize.driver import Recipe, quantize, quantize_blocks
@@ -453,7 +455,13 @@ def test_support_matrix() -> None:
     assert (both[vllm], both[new], both[lax], both[old]) == ("slow", "no", "dense", "dense")
     assert said("compressed-tensors", (4, 16, True))[vllm] == "slow"
     assert said("compressed-tensors", (4, 64, True), shape=(96, 128))["SGLang"] == "no"
-    assert said("compressed-tensors", (4, 0, True))["onnxruntime MatMulNBits"] == "no"
+    onnx = "onnxruntime MatMulNBits"
+    for group, speed in ((0, "fast"), (48, "fast"), (512, "fast"), (8, "no"), (24, "no")):
+        shape = (96, 512) if group == 512 else (96, 144)
+        assert said("compressed-tensors", (4, group, True), shape=shape)[onnx] == speed
+        span = group or shape[1]
+        with nullcontext() if speed == "fast" else pytest.raises(ExportError):
+            assert block_size(span, shape[1]) in (16, 128)
     gptq = said("gptq", (4, 128, True), (8, 32, True))
     genai, optimum = "onnxruntime-genai 0.18 builder", "transformers with optimum and gptqmodel"
     assert (gptq[vllm], gptq["GPTQModel 7.7"], gptq[optimum]) == ("fast", "fast", "no")

@@ -33,6 +33,7 @@ from compressor.walk import Stream, walk
 from tests.tiny import save_tiny, save_tokenizer, tokens
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
+MOVED = SHA[::-1]
 
 
 @pytest.fixture
@@ -149,6 +150,7 @@ class _Hub(BaseHTTPRequestHandler):
     """As much of a hub as a download needs: repository info, HEAD and GET of files."""
 
     folder: Path
+    asked: list[str]
 
     def do_HEAD(self) -> None:
         """Answer with a file's headers."""
@@ -160,7 +162,9 @@ class _Hub(BaseHTTPRequestHandler):
             self._file(body=True)
             return
         files = sorted(self.folder.iterdir())
-        info = {"id": "org/tiny", "sha": SHA, "siblings": [{"rfilename": p.name} for p in files]}
+        sha = SHA if not self.asked or SHA in self.path else MOVED
+        self.asked.append(self.path)
+        info = {"id": "org/tiny", "sha": sha, "siblings": [{"rfilename": p.name} for p in files]}
         tree = [
             {"type": "file", "path": p.name, "size": p.stat().st_size, "oid": p.name} for p in files
         ]
@@ -176,7 +180,7 @@ class _Hub(BaseHTTPRequestHandler):
         path = self.folder / self.path.split("?")[0].rpartition("/")[2]
         data = path.read_bytes()
         self.send_response(200)
-        self.send_header("X-Repo-Commit", SHA)
+        self.send_header("X-Repo-Commit", MOVED if MOVED in self.path else SHA)
         self.send_header("ETag", f'"{len(data)}-{path.name}"')
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
@@ -189,8 +193,8 @@ class _Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(folder: Path) -> Iterator[str]:
-    """The address of a local hub that has the repository org/tiny."""
-    handler = type("Hub", (_Hub,), {"folder": folder})
+    """The address of a local hub whose repository org/tiny has moved on at the second look."""
+    handler = type("Hub", (_Hub,), {"folder": folder, "asked": []})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
@@ -221,6 +225,8 @@ def test_hub_model_is_pinned_by_commit(hub: str, folder: Path, tmp_path: Path) -
     manifest = json.loads(result.stdout)["stages"][0]["folder"] + "/manifest.json"
     assert json.loads(Path(manifest).read_text())["params"]["fingerprint"] == f"hub:{SHA}"
     assert AutoConfig.from_pretrained(tmp_path / "cut").num_hidden_layers == 3
+    snapshots = tmp_path / "hf/hub/models--org--tiny/snapshots"
+    assert [path.name for path in snapshots.iterdir()] == [SHA]
 
 
 def test_unknown_hub_model_is_one_line(hub: str, tmp_path: Path) -> None:

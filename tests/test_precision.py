@@ -68,6 +68,20 @@ def test_auto_follows_the_processor_and_the_width(monkeypatch: pytest.MonkeyPatc
                     assert not torch.is_autocast_enabled("cpu")
 
 
+def test_streams_in_half_precision_differ_by_what_they_differ() -> None:
+    """As on CUDA, where a model computes in its own dtype: against float64."""
+    draw = torch.Generator().manual_seed(0)
+    x, near, weight = (torch.randn(n, 8, generator=draw).bfloat16() for n in (64, 64, 6))
+    near = (x.float() + 0.3 * near.float()).bfloat16()
+    h, other = torch.randn(2, 64, 6, generator=draw).bfloat16()
+    off, read = near.double() - x.double(), x.double()
+    found = moments_of([(Reading(x, None), Reading(near, None))], weight, 0.5)
+    torch.testing.assert_close(found.cross, (off.T @ read / 64).float(), rtol=1e-4, atol=1e-6)
+    found = moments_of([(Reading(x, h), Reading(near, other))], weight, 0.5)
+    short = off @ weight.double().T + 0.5 * (other.double() - h.double())
+    torch.testing.assert_close(found.lack, (short.T @ read / 64).float(), rtol=1e-4, atol=1e-6)
+
+
 def test_differences_are_formed_before_they_are_rounded() -> None:
     draw = torch.Generator().manual_seed(0)
     x, weight = torch.randn(64, 8, generator=draw), torch.randn(6, 8, generator=draw)

@@ -18,7 +18,7 @@ from compressor.prune.driver import prune
 from compressor.records import Selection
 from compressor.shallow.configuration_decilm import ffn_width
 from tests.test_prune_sublayers import load, logits, selection
-from tests.tiny import save_tiny
+from tests.tiny import save_tiny, save_tokenizer
 
 DROP = {"drop_blocks": [1], "drop_attention": [2], "drop_ffn": [0]}
 ROPE = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}
@@ -35,6 +35,21 @@ def cut(tmp_path: Path, family: str = "llama", drop: Any = DROP, **overrides: An
     save_tiny(tmp_path / "source", family, **({"intermediate_size": 256} | overrides))
     prune(tmp_path / "source", selection(**drop), tmp_path / "nas", flavour="nemotron-nas")
     return tmp_path / "nas"
+
+
+def test_its_graph_is_traced_and_passes_the_gate(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    from compressor.export import ExportParams
+    from compressor.export.onnx import export
+
+    source = cut(tmp_path, drop={"drop_blocks": [1], "drop_ffn": [0]}, hidden_size=64)
+    save_tokenizer(source)
+    (tmp_path / "out").mkdir()
+    params = ExportParams(formats=("onnx",), check_tokens=6)
+    found = export(source, tmp_path / "out", params)["onnx"]
+    assert found["graph"] == "traced"
+    assert max(found["parity"]["accuracy_level_0"].values()) < 1e-4
+    assert found["parity"]["greedy_equal"] == found["parity"]["greedy_tokens"] > 0
 
 
 @pytest.mark.parametrize("width", [256, 1536, 14336, 18944])

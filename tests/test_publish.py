@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -28,10 +29,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from compressor.artifact import Manifest, Store
 from compressor.errors import ArtifactError, CompressError, PublishError
 from compressor.publish import Item, destination
-from compressor.publish.bundle import Bundle
+from compressor.publish.bundle import Bundle, open_bundle
 from compressor.publish.card import fenced, plain
 from compressor.publish.origin import Origin, origin
-from compressor.publish.snippets import snippets
+from compressor.publish.snippets import loads, readers, snippets
 from compressor.sources import ModelSource
 from pipelines.cli import cli
 from pipelines.config import parse
@@ -331,7 +332,7 @@ def test_what_was_not_proved_is_refused(project: Path, tmp_path: Path, hub: HubS
 
     refused(PublishError, "made by 'quantize'.*compress export", folders["quantize"])
     refused(ArtifactError, f"no manifest.json.*give {bad}", bad / "onnx")
-    refused(ArtifactError, "no such run.*'tiny'", "tini")
+    refused(ArtifactError, "neither a folder nor a run in .*'tiny'", "tini")
     with (bad / "onnx/model.onnx").open("ab") as file:
         file.write(b"0")
     refused(PublishError, "1 file.*model.onnx: its sha256 is not", bad)
@@ -421,6 +422,29 @@ def test_a_measured_draft_is_on_the_card(
     assert "## As a draft of its parent" in text
     assert plain(said) in text
     shutil.rmtree(store / "drafts")
+    command[2] = str(folder / "safetensors")  # its own parent, which it was not made from
+    cli.main([*command, *given], standalone_mode=False)
+    publish(project)
+    assert "## As a draft of its parent" not in card_of(hub)
+    shutil.rmtree(store / "drafts")
+
+
+@pytest.mark.parametrize("newest", [True, False])
+def test_the_newest_version_of_a_reader_decides_about_its_snippet(
+    newest: bool, project: Path, tmp_path: Path
+) -> None:
+    """What the card's `pip install` brings is the newest."""
+    bundle = open_bundle(exports(project))
+    rows = readers(bundle)
+    ours = [row for row in rows if row["reader"].startswith("transformers")]
+    for row, readable in zip(ours, (newest, not newest, True), strict=True):
+        row["speed"] = "dense" if readable else "no"
+    (tmp_path / "rows.json").write_text(json.dumps({"readers": rows}))
+    items = [i for i in bundle.items if i.path != "quantization.json"]
+    items.append(Item("quantization.json", tmp_path / "rows.json", 0, ""))
+    changed = dataclasses.replace(bundle, items=items)
+    assert loads(changed, "transformers") is newest
+    assert loads(changed, "vLLM")
 
 
 def test_a_model_with_its_own_code_says_so_and_loads(project: Path, hub: HubServer) -> None:

@@ -13,6 +13,8 @@ from compressor.artifact import Store
 from compressor.decoder import Decoder
 from compressor.errors import ConfigError, NotApplicable
 from compressor.prune.blocks import prune
+from compressor.prune.driver import prune as cut_sublayers
+from compressor.prune.sublayers import blocks_left
 from compressor.quantize import GptqParams
 from compressor.quantize.driver import BlockResult, Recipe, quantize_blocks
 from compressor.quantize.error_propagation import propagate_error
@@ -53,6 +55,20 @@ def quantized(
         for name, linear in stream.decoder.blocks.linears(step.index).items():
             linear.weight.data.copy_(weights[name])
     return found, stream.x
+
+
+def test_blocks_that_went_in_two_halves_are_gone(tmp_path: Path) -> None:
+    """The attention of a block in one cut and its feed-forward, under a new index, in the next."""
+    save_tiny(tmp_path / "deep", "llama", **DEPTH)
+    first = Selection(num_blocks=6, drop_blocks=[0], drop_attention=[2, 4])
+    second = Selection(num_blocks=5, drop_ffn=[1])
+    cut_sublayers(tmp_path / "deep", first, tmp_path / "once", flavour="auto")
+    cut_sublayers(tmp_path / "once", second, tmp_path / "twice", flavour="auto")
+    assert len(Decoder(tmp_path / "twice").blocks) == 4
+    assert blocks_left(tmp_path / "deep", [first, second]) == [1, 3, 4, 5]
+    assert blocks_left(tmp_path / "once", [second]) == [0, 2, 3, 4]
+    stranger = Selection(num_blocks=4, drop_ffn=[3])
+    assert blocks_left(tmp_path / "once", [second, stranger]) == [0, 2, 3, 4]
 
 
 def final(folder: Path) -> Tensor:

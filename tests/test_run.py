@@ -16,9 +16,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from compressor.artifact import Store
 from compressor.memory import import_for_good
 from compressor.records import Selection
 from pipelines import table
+from pipelines.config import load
+from pipelines.run import ensure, make_plan
 from tests.command_line import CODE, compress, start
 from tests.tiny import save_project
 
@@ -140,6 +143,23 @@ def test_damage_is_set_aside_and_mended(project: Path) -> None:
     assert list(folder.parent.glob("prune-*.damaged-*"))
 
 
+@pytest.mark.parametrize("seen", ["missing", "damaged"])
+def test_what_another_process_made_meanwhile_is_taken(
+    seen: Any, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The state is looked at before the lock is held, and again behind it."""
+    monkeypatch.chdir(project)
+    config, store = load(Path("tiny.yaml")), Store("artifacts/store")
+    stage, events, real = make_plan(config)[0], list[str](), Store.status
+    before = store.manifest(stage.verb, stage.key)
+    looks = iter([seen])
+    monkeypatch.setattr(Store, "status", lambda *a: next(looks, None) or real(*a))
+    ensure(stage, config, store, lambda event, _: events.append(event))
+    assert events == ["cached"]
+    assert store.manifest(stage.verb, stage.key) == before
+    assert not list(Path("artifacts/store").glob("model-*.damaged-*"))
+
+
 def test_verify_names_the_changed_file(project: Path) -> None:
     folder = next(Path(s["folder"]) for s in record(project)["stages"] if s["verb"] == "select")
     assert compress(project, "verify", str(folder)).returncode == 0
@@ -229,6 +249,7 @@ def test_pruning_weights_and_widths_from_the_command_line(project: Path) -> None
             "not a multiple of group_size",
         ),
         (["run", "tiny.yaml", "--set", "text.evaluation.windows=4000"], 1, "give more text"),
+        (["run", "tiny.yaml", "--set", "text.healing.length=129"], 1, "reads at most 128; set it"),
         (["run", "tiny.yaml", "--set", "model.path=nowhere"], 1, "nowhere: no such file or folder"),
         (["run", "tiny.yaml", "--set", "device=cuda", "--force"], 1, "sees no CUDA device"),
         (["quantize", "model", "--bits", "[1"], 2, "is not a YAML value"),

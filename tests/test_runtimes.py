@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +182,29 @@ def test_integers_run_in_torch_as_they_are(tmp_path: Path) -> None:
     np.testing.assert_allclose(runtime.prefill(PROMPT), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_positions_are_given_to_a_graph_that_asks_for_them(exported: Path, tmp_path: Path) -> None:
+    """Such as those of onnxruntime-genai's builder; this one adds them to the logits."""
+    folder = shutil.copytree(exported / "onnx", tmp_path / "onnx")
+    model = ir.load(folder / "model.onnx")
+    graph = model.graph
+    positions = ir.val("position_ids", ir.DataType.INT64, ["batch", "sequence"])
+    graph.inputs.append(positions)
+    plain, graph.outputs[0].name = graph.outputs[0], "plain"
+    floats = ir.node("Cast", [positions], {"to": ir.DataType.FLOAT.value})
+    axes = ir.node("Constant", [], {"value_ints": [-1]})
+    column = ir.node("Unsqueeze", [floats.outputs[0], axes.outputs[0]])
+    moved = ir.node("Add", [plain, column.outputs[0]])
+    moved.outputs[0].name, moved.outputs[0].dtype = "logits", ir.DataType.FLOAT
+    graph.extend([floats, axes, column, moved])
+    graph.outputs[0] = moved.outputs[0]
+    ir.save(model, folder / "model.onnx")
+    asked, known = (find(each).open("cpu") for each in (folder, exported / "onnx"))
+    assert asked.facts.shared_cache
+    last = len(PROMPT) - 1
+    np.testing.assert_allclose(asked.prefill(PROMPT) - known.prefill(PROMPT), last, atol=1e-4)
+    np.testing.assert_allclose(asked.step(7) - known.step(7), last + 1, atol=1e-4)
+
+
 def test_auto_takes_the_graph_and_says_what_is_missing(exported: Path, tmp_path: Path) -> None:
     assert find(exported) == Target(exported / "onnx", "onnxruntime")
     assert find(exported / "onnx") == Target(exported / "onnx", "onnxruntime")
@@ -202,9 +227,8 @@ def test_without_onnxruntime_auto_takes_torch(
     assert find(exported).runtime == "torch"
 
 
-def test_a_missing_genai_is_one_line(exported: Path) -> None:
-    if importlib.util.find_spec("onnxruntime_genai"):
-        pytest.skip("it is there")
+def test_a_missing_genai_is_one_line(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime_genai", None)
     with pytest.raises(InferenceError, match="pip install onnxruntime-genai"):
         find(exported, "genai").open()
 

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 from compressor import text
 from compressor.errors import SourceError, TextError
+from compressor.fetch import pinned
 from compressor.sources import TextRole, TextSource
 from compressor.text import documents, windows
 from tests.tiny import save_corpus, save_tokenizer
@@ -110,6 +111,12 @@ def test_hub_data_sets_are_streamed(tmp_path: Path, tokenizer: Any) -> None:
     missing = TextSource(dataset=str(tmp_path / "corpus"), field="text", split="nope")
     with pytest.raises(TextError, match=r"cannot be read .* check its name"):
         list(documents(missing, tokenizer))
+
+
+def test_a_hub_data_set_is_read_at_the_commit_that_pins_it() -> None:
+    source = TextSource(dataset="org/text", revision="main")
+    assert pinned(source, "hub:abc").revision == "abc"
+    assert pinned(TextSource(path="a.txt"), "sha256:abc").revision is None
 
 
 def test_windows_are_full_seeded_and_counted(corpus: TextSource, tokenizer: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,6 +125,17 @@ def survivors(selection: Selection, skipped: Skipped) -> tuple[list[int], Skippe
     if not any("attention" not in lacking.get(i, ()) for i in kept):
         raise SelectionError("no attention would be left, and so no KV cache; keep at least one")
     return kept, {i: lacking[i] for i in kept if i in lacking}
+
+
+def blocks_left(folder: Path, cuts: Iterable[Selection]) -> list[int]:
+    """Indices in `folder` of the blocks that are left after cuts one after the other."""
+    blocks = Blocks(skeleton(folder))
+    left, skipped = list(range(len(blocks))), blocks.skipped
+    for selection in cuts:
+        kept, lacking = survivors(selection, skipped)
+        left = [left[old] for old in kept]
+        skipped = {new: lacking[old] for new, old in enumerate(kept) if old in lacking}
+    return left
 
 
 def _reused(selection: Selection, skipped: Skipped) -> Reused:

@@ -31,6 +31,7 @@ class Kernel(NamedTuple):
         words: what it is called.
         groups: group sizes it takes, 0 for whole rows; None: any.
         align: what the outputs and inputs of a linear must be multiples of.
+        step: groups that are no whole rows are multiples of this.
     """
 
     words: str
@@ -39,11 +40,14 @@ class Kernel(NamedTuple):
     symmetric: tuple[bool, ...] = (True, False)
     groups: tuple[int, ...] | None = None
     align: tuple[int, int] = (1, 1)
+    step: int = 1
 
     def takes(self, grid: Grid, shape: tuple[int, int]) -> bool:
         """Whether it runs a linear of this grid and shape."""
         aligned = all(size % step == 0 for size, step in zip(shape, self.align, strict=True))
         sized = self.groups is None or (grid.group_size or 0) in self.groups
+        span = grid.span(shape[1])
+        sized &= span % self.step == 0 or span == shape[1]
         return grid.bits in self.bits and grid.symmetric in self.symmetric and sized and aligned
 
 
@@ -77,7 +81,7 @@ class Verdict(NamedTuple):
     why: str
 
 
-READERS = (
+READERS: tuple[Reader, ...] = (
     Reader(
         "vLLM 0.33 on CUDA",
         "compressed-tensors",
@@ -157,15 +161,16 @@ READERS = (
             "onnxruntime MatMulNBits",
             form,
             (
-                Kernel("MatMulNBits", "fast", (2, 4, 8), groups=_BLOCKS),
-                Kernel("MatMulNBits in codes of 4 or 8 bits", "fast", (3, 5, 6), groups=_BLOCKS),
+                Kernel("MatMulNBits", "fast", (2, 4, 8), step=16),
+                Kernel("MatMulNBits in codes of 4 or 8 bits", "fast", (3, 5, 6), step=16),
             ),
-            "onnxruntime 1.31 and 1.32 on the CPU",
+            "onnxruntime 1.31 and 1.32 on the CPU; export/nbits.py cuts groups into its blocks",
             note="a graph is needed: compress export",
         )
         for form in ("compressed-tensors", "gptq")
     ),
 )
+"""Of one program the newest version stands first."""
 
 
 def verdicts(grids: Grids, shapes: Shapes, units: Units, form: str) -> list[Verdict]:

@@ -48,7 +48,8 @@ def moments_of(
     """The moments of batches as the compressed model reads them and, of two, the original.
 
     weight (O, I) is W, `share` how much of what the stream lost is to be made up for.
-    Differences are formed before they are multiplied: streams that are equal give exact zeros.
+    Differences are formed in float32, before they are multiplied: streams that are equal give
+    exact zeros, and two in half precision what they differ by.
     """
     (outputs, inputs), device = weight.shape, weight.device
     gram = Gram(inputs, device)
@@ -58,14 +59,14 @@ def moments_of(
         gram.add(x)
         if original is None:
             continue
-        off = original.x - x
+        off = original.x.float() - x.float()
         if h is None or original.stream is None:
             cross = cross or Cross(inputs, inputs, device)
             cross.add(off, x)
             continue
         lack = lack or Cross(outputs, inputs, device)
         short = linear(off, weight.to(off.dtype)).float()
-        lack.add(short.add_((original.stream - h).view_as(short), alpha=share), x)
+        lack.add(short.add_((original.stream.float() - h.float()).view_as(short), alpha=share), x)
     return Moments(gram.mean, cross.mean if cross else None, lack.mean if lack else None)
 
 

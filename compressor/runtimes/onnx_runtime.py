@@ -64,6 +64,9 @@ class OnnxRuntime(Runtime):
             self._grow(max(total, 2 * self._room, _ROOM))
         self._binding.bind_cpu_input("input_ids", ids)
         self._binding.bind_cpu_input("attention_mask", np.ones((1, total), np.int64))
+        if "position_ids" in self._session.inputs:
+            places = np.arange(len(self.tokens), total)[None]
+            self._binding.bind_cpu_input("position_ids", places)
         if ids.shape[1] > 1 or self._logits is None:
             self._binding.bind_output("logits", "cpu")
         else:
