@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from compressor import progress
 from compressor.artifact import Store
@@ -20,6 +21,15 @@ from pipelines.verbs import MODEL, TEXT, model_source, refuse_existing, role_sou
 
 SCORES = "angular_distance,block_influence,lamp"
 SELECTIONS = "contiguous,lowest,simple"
+
+_YAML = (".yaml", ".yml")
+_SETTINGS = {
+    "held_out": "text.evaluation.windows",
+    "windows": "text.calibration.windows",
+    "length": "text.calibration.length",
+    "text": "text.source.file",
+    "field": "text.source.field",
+}
 
 
 @click.command()
@@ -69,7 +79,10 @@ def compare(
     """
     names = [name.strip() for name in scores.split(",")]
     asked = contest.choices([name.strip() for name in selections.split(",")], names, budget, part)
-    checked = configuration.parse(_tree(model, names, given), f"compress compare {model}")
+    if model.endswith(_YAML):
+        _refuse_text_options(model)
+    used = list(dict.fromkeys(each.score for each in asked if each.score)) or names[:1]
+    checked = configuration.parse(_tree(model, used, given), f"compress compare {model}")
     if out:
         refuse_existing(out)
     if not quiet:
@@ -90,10 +103,20 @@ def compare(
         leaderboard.show(board, display.stdout())
 
 
+def _refuse_text_options(model: str) -> None:
+    context = click.get_current_context()
+    for name, setting in _SETTINGS.items():
+        if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            raise ConfigError(
+                f"{model} says what text is used, so --{name.replace('_', '-')} would do nothing; "
+                f"write --set {setting}=..."
+            )
+
+
 def _tree(model: str, scores: list[str], given: dict[str, Any]) -> dict[str, Any]:
     """The configuration of the shared stages: model, held-out and calibration text, scores."""
     tree: dict[str, Any] = {}
-    if model.endswith((".yaml", ".yml")):
+    if model.endswith(_YAML):
         tree = configuration.read(Path(model))
         tree.setdefault("text", {}).pop("healing", None)
     else:
