@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from compressor import progress
 from compressor.artifact import Store
@@ -27,6 +28,15 @@ DEFAULTS = {
 """Scores and selections that a comparison of such parts takes where none are named."""
 
 _BLOCK = DEFAULTS["block"]
+
+_YAML = (".yaml", ".yml")
+_SETTINGS = {
+    "held_out": "text.evaluation.windows",
+    "windows": "text.calibration.windows",
+    "length": "text.calibration.length",
+    "text": "text.source.file",
+    "field": "text.source.field",
+}
 
 
 @click.command()
@@ -80,6 +90,8 @@ def compare(
     )
     asked = contest.choices(ways, names, budget, part)
     read = list(dict.fromkeys(choice.score for choice in asked if choice.score))
+    if model.endswith(_YAML):
+        _refuse_text_options(model)
     checked = configuration.parse(_tree(model, read, given), f"compress compare {model}")
     if out:
         refuse_existing(out)
@@ -101,10 +113,20 @@ def compare(
         leaderboard.show(board, display.stdout())
 
 
+def _refuse_text_options(model: str) -> None:
+    context = click.get_current_context()
+    for name, setting in _SETTINGS.items():
+        if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            raise ConfigError(
+                f"{model} says what text is used, so --{name.replace('_', '-')} would do nothing; "
+                f"write --set {setting}=..."
+            )
+
+
 def _tree(model: str, scores: list[str], given: dict[str, Any]) -> dict[str, Any]:
     """The configuration of the shared stages: model, held-out and calibration text, scores."""
     tree: dict[str, Any] = {}
-    if model.endswith((".yaml", ".yml")):
+    if model.endswith(_YAML):
         tree = configuration.read(Path(model))
         if isinstance(tree.get("text"), dict):
             tree["text"].pop("healing", None)

@@ -109,6 +109,20 @@ def test_unknown_names_are_explained() -> None:
         choices(["fixed"], ["lamp"], 2, "block")
 
 
+def test_only_scores_that_choices_go_by_are_computed(project: Path) -> None:
+    wanted = [*ARGUMENTS]
+    wanted[wanted.index("lowest,simple")] = "lowest/zd,simple"
+    done = compress(project, *wanted, "--json")
+    assert {row["choice"] for row in json.loads(done.stdout)["rows"]} == {"lowest / zd", "simple"}
+    assert "> score zd\n" in done.stderr
+
+
+def test_text_options_beside_a_configuration_are_refused(project: Path) -> None:
+    done = compress(project, "compare", "tiny.yaml", "--budget", "2", "--held-out", "3")
+    assert done.returncode == 1
+    assert "--held-out would do nothing; write --set text.evaluation.windows=" in done.stderr
+
+
 def test_a_selection_without_scores_is_tried_once() -> None:
     asked = choices(["simple", "lowest"], ["lamp", "zd"], 3, "block")
     assert [c.label for c in asked] == ["simple", "lowest / lamp", "lowest / zd"]
