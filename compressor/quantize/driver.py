@@ -19,7 +19,7 @@ from compressor.blocks import weight_of
 from compressor.checkpoint import Checkpoint
 from compressor.decoder import Decoder, all_finite
 from compressor.errors import QuantizationError
-from compressor.memory import release
+from compressor.memory import freed_memory_kept, release
 from compressor.moments import energy
 from compressor.quantize import METHODS, Forwards, GridParams, Kind, PropagatingParams
 from compressor.quantize.error_propagation import propagate_error
@@ -188,16 +188,16 @@ def quantize_blocks(
     probe = decoder.embed(tokens[:1, :_PROBE])
     decoder.drop_shell()
     release()
-    for step in walk(stream, "quantize"):
-        scaled = scale_block(step, probe, recipe.grids) if recipe.scales else Scaled({}, {})
-        forwards = products_in(recipe.forwards, decoder.device, recipe.widest)
-        with forwards, truth.beside(step) if truth else nullcontext() as original:
-            result = _quantize_block(step, original, probe, recipe)
-        result.dense = scaled.dense
-        for name, beta in scaled.betas.items():
-            result.report[name]["beta"] = beta
-        release()
-        yield result
+    with freed_memory_kept():
+        for step in walk(stream, "quantize"):
+            scaled = scale_block(step, probe, recipe.grids) if recipe.scales else Scaled({}, {})
+            forwards = products_in(recipe.forwards, decoder.device, recipe.widest)
+            with forwards, truth.beside(step) if truth else nullcontext() as original:
+                result = _quantize_block(step, original, probe, recipe)
+            result.dense = scaled.dense
+            for name, beta in scaled.betas.items():
+                result.report[name]["beta"] = beta
+            yield result
 
 
 def _quantize_block(
