@@ -38,7 +38,7 @@ PHASES: dict[str, list[tuple[Any, str]]] = {
     "scale search": [(Grid, "fit")],
     "sweep": [(gptq, "sweep")],
     "polish": [(gptq, "polished")],
-    "errors for the report": [(driver, "_relative_error")],
+    "errors for the report": [(driver, "_sizes")],
     "reading": [(Decoder, "weight"), (Decoder, "_load_shell")],
     "writing": [(CheckpointWriter, "add"), (CheckpointWriter, "finish")],
 }
