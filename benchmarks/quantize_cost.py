@@ -33,7 +33,7 @@ from compressor.quantize.grid import Grid
 PHASES: dict[str, list[tuple[Any, str]]] = {
     "forwards": [(Decoder, "run"), (Decoder, "embed")],
     "moments": [(turns, "moments_of")],
-    "correction": [(driver, "propagate_error")],
+    "correction": [(driver, "propagate_error"), (driver, "propagate_difference")],
     "factors": [(gptq, "inverse_factor")],
     "scale search": [(Grid, "fit")],
     "sweep": [(gptq, "sweep")],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_STRIP = 192  # channels whose products with themselves and all later ones are taken at once
+_STRIP = 144  # channels whose products with themselves and all later ones are taken at once
 _TOKENS = 1024  # that are in float32 at once
 
 

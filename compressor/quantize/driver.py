@@ -22,7 +22,7 @@ from compressor.errors import QuantizationError
 from compressor.memory import freed_memory_kept, release
 from compressor.moments import energies
 from compressor.quantize import METHODS, Forwards, GridParams, Kind, PropagatingParams
-from compressor.quantize.error_propagation import propagate_error
+from compressor.quantize.error_propagation import propagate_difference, propagate_error
 from compressor.quantize.formats import Grids
 from compressor.quantize.grid import Grid, QuantizedWeight
 from compressor.quantize.inputs import Group, input_groups, stream_writers
@@ -245,9 +245,9 @@ def _quantize_group(
         if not all(all_finite(each) for each in (gram, cross, lack) if each is not None):
             raise QuantizationError("its inputs hold NaN or infinity; calibrate in float32")
         with exactly(stacked.device):
-            if alpha and cross is not None:
-                lack = stacked @ cross
-            if alpha and lack is not None and gram is not None:
+            if alpha and gram is not None and cross is not None:
+                stacked, used = propagate_difference(stacked, cross, gram, alpha=alpha, damp=ridge)
+            if alpha and gram is not None and lack is not None:
                 stacked, used = propagate_error(stacked, lack, gram, alpha=alpha, damp=ridge)
             quantized = recipe.quantizer(stacked, gram, recipe.grids[group.leader])
     except QuantizationError as error:
