@@ -136,7 +136,7 @@ METHODS = {
         "arXiv:2210.17323 section 3, arXiv:2504.09629 section 5",
         "2 forwards, 3 products of the inputs and 2 factorisations per group of linears",
         ("calibration",),
-        4,
+        5,
     ),
     "rtn": Method(
         "compressor.quantize.rtn:rtn",
@@ -145,7 +145,7 @@ METHODS = {
         "arXiv:2210.17323 section 4 (baseline)",
         "weights only",
         (),
-        3,
+        4,
     ),
     "qep_rtn": Method(
         "compressor.quantize.rtn:rtn",
@@ -154,6 +154,6 @@ METHODS = {
         "arXiv:2504.09629 section 5",
         "2 forwards, 3 products of the inputs and a factorisation per group of linears",
         ("calibration",),
-        3,
+        4,
     ),
 }
