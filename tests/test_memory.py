@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 import ctypes
-import resource
+from types import SimpleNamespace
 
 import pytest
-import torch
 
 from compressor import memory
 
-MISSING = not hasattr(ctypes.CDLL(None), "mallopt")
-PAGES = 2**26 // resource.getpagesize()
 
-
-def faults() -> int:
-    """Pages that the system cleared for a tensor of 64 MB."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(2**24)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-
-@pytest.mark.skipif(MISSING, reason="not glibc")
-def test_freed_memory_is_used_again_inside_and_given_back_after() -> None:
-    with memory.freed_memory_kept():
-        faults()
-        assert faults() < PAGES / 10
-    assert faults() > PAGES / 2 and faults() > PAGES / 2
+def test_freed_memory_is_kept_inside_and_given_back_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[int, ...]] = []
+    library = SimpleNamespace(
+        mallopt=lambda *option: calls.append(option), malloc_trim=lambda pad: calls.append((pad,))
+    )
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: library)
+    with pytest.raises(KeyError), memory.freed_memory_kept():
+        assert dict(calls) == {-1: 2**31 - 1, -4: 0}  # never trimmed, nothing mapped
+        raise KeyError
+    assert dict(calls[2:4]) == {-1: 2**26, -4: 2**16} and calls[4:] == [(0,)]
 
 
 def test_other_c_libraries_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ctypes, "CDLL", lambda _: object())
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace())
     with memory.freed_memory_kept():
         pass
