@@ -38,6 +38,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"bits": 4, "scaling": "awq"},
     {"bits": 3, **OLD},
     {"bits": 3},
+    {"bits": 3, "polish": 1},
     {"bits": 2, "symmetric": False, **OLD},
     {"bits": 2, "symmetric": False},
     {"bits": 8, "forwards": "float32"},

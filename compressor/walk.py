@@ -55,12 +55,12 @@ class Stream:
         return other
 
     def relative_error(self, other: Stream) -> float:
-        """||h - h'|| / ||h|| of this stream h and another h' of its shape, in float64."""
+        """||h - h'|| / ||h|| of this stream h and another h' of its shape, summed in float64."""
         lost = total = 0.0
         for rows in self.batches:
-            x = self.x[rows].double()
-            lost += float((other.x[rows] - x).square().sum())
-            total += float(x.square().sum())
+            x = self.x[rows]
+            lost += float(torch.linalg.vector_norm(other.x[rows] - x, dtype=torch.float64)) ** 2
+            total += float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
         return math.sqrt(lost / total)
 
     def logits(self) -> Iterator[tuple[slice, Tensor]]:

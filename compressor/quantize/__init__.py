@@ -145,7 +145,7 @@ METHODS = {
         "arXiv:2210.17323 section 4 (baseline)",
         "weights only",
         (),
-        3,
+        4,
     ),
     "qep_rtn": Method(
         "compressor.quantize.rtn:rtn",

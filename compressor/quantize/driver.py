@@ -19,10 +19,10 @@ from compressor.blocks import weight_of
 from compressor.checkpoint import Checkpoint
 from compressor.decoder import Decoder, all_finite
 from compressor.errors import QuantizationError
-from compressor.memory import release
-from compressor.moments import energy
+from compressor.memory import freed_memory_kept, release
+from compressor.moments import energies
 from compressor.quantize import METHODS, Forwards, GridParams, Kind, PropagatingParams
-from compressor.quantize.error_propagation import propagate_error
+from compressor.quantize.error_propagation import propagate_difference, propagate_error
 from compressor.quantize.formats import Grids
 from compressor.quantize.grid import Grid, QuantizedWeight
 from compressor.quantize.inputs import Group, input_groups, stream_writers
@@ -188,16 +188,16 @@ def quantize_blocks(
     probe = decoder.embed(tokens[:1, :_PROBE])
     decoder.drop_shell()
     release()
-    for step in walk(stream, "quantize"):
-        scaled = scale_block(step, probe, recipe.grids) if recipe.scales else Scaled({}, {})
-        forwards = products_in(recipe.forwards, decoder.device, recipe.widest)
-        with forwards, truth.beside(step) if truth else nullcontext() as original:
-            result = _quantize_block(step, original, probe, recipe)
-        result.dense = scaled.dense
-        for name, beta in scaled.betas.items():
-            result.report[name]["beta"] = beta
-        release()
-        yield result
+    with freed_memory_kept():
+        for step in walk(stream, "quantize"):
+            scaled = scale_block(step, probe, recipe.grids) if recipe.scales else Scaled({}, {})
+            forwards = products_in(recipe.forwards, decoder.device, recipe.widest)
+            with forwards, truth.beside(step) if truth else nullcontext() as original:
+                result = _quantize_block(step, original, probe, recipe)
+            result.dense = scaled.dense
+            for name, beta in scaled.betas.items():
+                result.report[name]["beta"] = beta
+            yield result
 
 
 def _quantize_block(
@@ -210,8 +210,7 @@ def _quantize_block(
         alpha, ridge = recipe.strengths.get(kinds[group.leader], (0.0, 0.0))
         for grid in dict.fromkeys(recipe.grids[name] for name in group):
             same = Group({n: linear for n, linear in group.items() if recipe.grids[n] == grid})
-            with exactly(decoder.device):
-                _quantize_group(same, moments, recipe, result, alpha=alpha, ridge=ridge)
+            _quantize_group(same, moments, recipe, result, alpha=alpha, ridge=ridge)
 
     groups = input_groups(decoder, probe, step.index)
     leaders = [group.leader for group in groups]
@@ -245,27 +244,26 @@ def _quantize_group(
     try:
         if not all(all_finite(each) for each in (gram, cross, lack) if each is not None):
             raise QuantizationError("its inputs hold NaN or infinity; calibrate in float32")
-        if alpha and cross is not None:
-            lack = stacked @ cross
-        if alpha and lack is not None and gram is not None:
-            stacked, used = propagate_error(stacked, lack, gram, alpha=alpha, damp=ridge)
-        quantized = recipe.quantizer(stacked, gram, recipe.grids[group.leader])
+        with exactly(stacked.device):
+            if alpha and gram is not None and cross is not None:
+                stacked, used = propagate_difference(stacked, cross, gram, alpha=alpha, damp=ridge)
+            if alpha and gram is not None and lack is not None:
+                stacked, used = propagate_error(stacked, lack, gram, alpha=alpha, damp=ridge)
+            quantized = recipe.quantizer(stacked, gram, recipe.grids[group.leader])
     except QuantizationError as error:
         raise QuantizationError(f"{group.leader}: {error}") from error
-    rows = [len(weight) for weight in weights]
-    parts = zip(group, weights, quantized.split(rows), stacked.split(rows), strict=True)
-    for name, weight, part, target in parts:
-        rounded = part.dequantize()
-        lost = _relative_error(target, rounded, gram)
+    rounded, rows = quantized.dequantize(), [len(weight) for weight in weights]
+    lost = _sizes(stacked - rounded, gram).split(rows)
+    whole = _sizes(stacked, gram).split(rows)
+    parts = zip(group, weights, quantized.split(rows), rounded.split(rows), strict=True)
+    for index, (name, weight, part, values) in enumerate(parts):
+        share = float((lost[index].sum() / whole[index].sum().clamp(min=1e-30)).sqrt())
         result.weights[name] = part
-        result.report[name] = {"relative_error": lost, "damp": part.damp, "ridge": used}
-        weight.copy_(rounded)
+        result.report[name] = {"relative_error": share, "damp": part.damp, "ridge": used}
+        weight.copy_(values)
 
 
-def _relative_error(weight: Tensor, rounded: Tensor, gram: Tensor | None) -> float:
-    """||(W - Q) X|| / ||W X|| through the gram, or ||W - Q|| / ||W|| without one."""
-
-    def size(w: Tensor) -> Tensor:
-        return (w.square().sum() if gram is None else energy(w, gram)).clamp(min=0)
-
-    return float((size(weight - rounded) / size(weight).clamp(min=1e-30)).sqrt())
+def _sizes(weight: Tensor, gram: Tensor | None) -> Tensor:
+    """||w X||^2 of each row w of weight (O, I) through the gram, or ||w||^2 without one, (O,)."""
+    squares = weight.square().sum(1) if gram is None else energies(weight, gram)
+    return squares.clamp(min=0)
