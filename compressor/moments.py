@@ -34,7 +34,13 @@ class Gram:
     @property
     def mean(self) -> Tensor:
         """(I, I): mean over tokens of x x^T."""
-        return self._sum.triu().add_(self._sum.triu(1).T).div_(max(1, self._count))
+        mean = self._sum / max(1, self._count)
+        for start in range(0, len(mean), _STRIP):
+            stop = start + _STRIP
+            own = mean[start:stop, start:stop]
+            own.copy_(own.triu().add_(own.triu(1).T))
+            mean[stop:, start:stop] = mean[start:stop, stop:].T
+        return mean
 
 
 class Cross:

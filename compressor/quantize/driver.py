@@ -32,7 +32,7 @@ from compressor.quantize.plan import grids, widths_by_block
 from compressor.quantize.precision import exactly, products_in
 from compressor.quantize.scaling import Scaled, scale_block
 from compressor.quantize.teacher import Guide, Teacher, Twin
-from compressor.quantize.turns import Moments, quantize_in_turn
+from compressor.quantize.turns import Catching, Moments, quantize_in_turn
 from compressor.quantize.write import IntegerWriter
 from compressor.records import BitPlan
 from compressor.walk import Step, Stream, walk
@@ -51,7 +51,7 @@ class Recipe:
     grids: Grids
     quantizer: Quantizer
     strengths: dict[Kind, tuple[float, float]] = field(default_factory=dict)
-    catch_up: float = 0.0
+    catching: Catching = field(default_factory=Catching)
     forwards: Forwards = "float32"
     scales: bool = False
 
@@ -64,8 +64,8 @@ class Recipe:
         plan = grids(decoder, params, params.scheme or BitPlan())
         if isinstance(params, PropagatingParams):
             scales = params.scaling == "awq"
-            strengths, catch_up = params.strengths(), params.catching_up()
-            return cls(plan, quantizer, strengths, catch_up, params.forwards, scales)
+            strengths, catching = params.strengths(), Catching(*params.catching())
+            return cls(plan, quantizer, strengths, catching, params.forwards, scales)
         return cls(plan, quantizer)
 
     @property
@@ -126,6 +126,7 @@ def quantize(
             f"{source}: some sublayers run with another block's weights, whose inputs are several "
             "blocks'; this is not quantized yet, prune without re-use"
         )
+    release()  # what the tokenizer took
     decoder = Decoder(source, device)
     recipe = Recipe.of(decoder, method, params)
     readers = lint(decoder, recipe.grids, params.format)
@@ -216,9 +217,9 @@ def _quantize_block(
     leaders = [group.leader for group in groups]
     kinds = {name: kind_of(name, leaders, decoder.blocks, step.index) for name in leaders}
     last = {g.leader: g[g.leader] for g in groups if kinds[g.leader] in _LAST and len(g) == 1}
-    catches = recipe.catch_up > 0 and original is not None
+    catches = any(recipe.catching) and original is not None
     writers = stream_writers(decoder, probe, step.index, last) if catches else ()
-    quantize_in_turn(step, original, groups, take, dict.fromkeys(writers, recipe.catch_up))
+    quantize_in_turn(step, original, groups, take, dict.fromkeys(writers, recipe.catching))
     for _ in step.advance():
         pass
     if original:

@@ -47,7 +47,7 @@ def gptq(
     order = torch.arange(len(hessian), device=hessian.device)
     if act_order:
         order = energy.argsort(descending=True, stable=True)
-    factor, used = inverse_factor(hessian[order].index_select(1, order), damp)
+    factor, used = inverse_factor(hessian.index_select(0, order).index_select(1, order), damp)
     group = grid.span(weight.shape[1])
     importance = torch.zeros_like(energy)
     importance[order] = 1 / factor.square().sum(0)
@@ -106,5 +106,8 @@ def inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, float]:
     With H = R R^T, R upper triangular (the Cholesky factor of H read backwards), U = R^-1:
     one factorisation, and the inverse itself is never formed.
     """
-    lower, used = ridged_cholesky(hessian.flip(0, 1), damp)
+    backwards = hessian.flip(0, 1)
+    del hessian  # nothing of this size that is done with is kept, here and below
+    lower, used = ridged_cholesky(backwards, damp)
+    del backwards
     return inverse_lower(lower).flip(0, 1), used
