@@ -154,12 +154,12 @@ class Store:
         text = manifest.model_copy(update={"files": files}).model_dump_json(indent=1)
         (draft / MANIFEST).write_text(text + "\n", encoding="utf-8")
         for path in [*paths, draft / MANIFEST]:
-            _sync(path)
+            sync(path)
         target = self.folder(manifest.stage, manifest.key)
         if target.exists():
             shutil.rmtree(target)
         os.replace(draft, target)
-        _sync(self.root)
+        sync(self.root)
         shutil.rmtree(self.work(manifest.stage, manifest.key), ignore_errors=True)
         return target
 
@@ -190,7 +190,8 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else -1
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

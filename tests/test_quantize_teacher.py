@@ -14,8 +14,9 @@ from compressor.decoder import Decoder
 from compressor.errors import ConfigError, NotApplicable
 from compressor.prune.blocks import prune
 from compressor.quantize import GptqParams
-from compressor.quantize.driver import BlockResult, Recipe, quantize_blocks
+from compressor.quantize.driver import Recipe, quantize_blocks
 from compressor.quantize.error_propagation import propagate_error
+from compressor.quantize.results import BlockResult
 from compressor.quantize.teacher import Teacher
 from compressor.records import Selection
 from compressor.walk import Stream, walk
