@@ -16,8 +16,8 @@ from torch import Tensor
 from compressor import progress
 from compressor.prune.blocks import prune
 from compressor.quantize import GptqParams, GridParams, PropagatingParams, RtnParams, driver, resume
-from compressor.quantize.resume import Saves
 from compressor.quantize.results import BlockResult
+from compressor.quantize.resume import Saves
 from compressor.quantize.teacher import Teacher
 from compressor.records import Selection
 from pipelines import display
@@ -191,6 +191,11 @@ def _garble(work: Path) -> None:
     (work / "state.json").write_text('{"identity": {}')
 
 
+def _miscount(work: Path) -> None:
+    text = (work / "state.json").read_text()
+    (work / "state.json").write_text(text.replace('"blocks": 2', '"blocks": 3'))
+
+
 @pytest.mark.parametrize(
     ("damage", "told"),
     [
@@ -199,8 +204,9 @@ def _garble(work: Path) -> None:
         (_flip("block-00000.safetensors"), "block-00000.safetensors is damaged"),
         (_lose, "block-00001.safetensors is damaged"),
         (_garble, "state.json: not valid JSON"),
+        (_miscount, "block-00002.safetensors is damaged"),
     ],
-    ids=["cut short", "stream", "block", "lost", "state"],
+    ids=["cut short", "stream", "block", "lost", "state", "count"],
 )
 def test_a_damaged_save_is_not_trusted(
     model: Path,
@@ -219,7 +225,7 @@ def test_a_damaged_save_is_not_trusted(
     assert line.startswith("quantize: starting again from the first block; ") and told in line
 
 
-@pytest.mark.parametrize("what", ["model", "text", "parameters", "version of torch"])
+@pytest.mark.parametrize("what", ["model", "text", "parameters", "version of compress"])
 def test_a_save_of_something_else_is_not_trusted(
     model: Path,
     tmp_path: Path,
@@ -237,7 +243,7 @@ def test_a_save_of_something_else_is_not_trusted(
     elif what == "parameters":
         how["params"] = GPTQ.model_copy(update={"bits": 4})
     else:
-        monkeypatch.setattr("torch.__version__", "0")
+        monkeypatch.setattr(resume, "__version__", "0")
     once = quantized(model, tmp_path / "once", **how)
     assert quantized(model, tmp_path / "again", work=work, **how) == once
     assert f"{work} was saved with another {what}" in caplog.text
@@ -252,9 +258,9 @@ def test_no_save_fills_the_disk(
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     quantized(model, tmp_path / "out", work=tmp_path / "work")
-    assert not (tmp_path / "work").exists()
+    assert not list((tmp_path / "work").iterdir())
     (record,) = caplog.records
-    assert "0.0 GiB are free and saves would want" in record.getMessage()
+    assert "0.0 GiB are free and a save wants" in record.getMessage()
 
 
 def test_a_line_says_where_it_goes_on(

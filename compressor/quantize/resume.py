@@ -74,7 +74,7 @@ class Saves:
             return 0
         try:
             state = _State.load(self._folder / _STATE)
-            fault = self._fault(state)
+            fault = self._fault(state, len(streams))
         except SelectionError as error:
             fault = str(error)
         if fault:
@@ -89,9 +89,9 @@ class Saves:
 
     def blocks(self, grids: Grids) -> Iterator[BlockResult]:
         """Yield the results of the blocks that `restore` found."""
-        assert self._folder or not self._files
         for name in list(self._files):
-            yield _read(Path(self._folder or "") / name, grids)
+            assert self._folder
+            yield _read(self._folder / name, grids)
 
     def add(self, result: BlockResult, streams: Sequence[Tensor]) -> None:
         """Take one more block, behind which the streams stand, and save where it is due."""
@@ -107,11 +107,10 @@ class Saves:
         needed = 2 * (size + sum(stream.nbytes for stream in streams))
         if free < needed:
             log.warning(
-                "quantize: %s: %.1f GiB are free and saves would want %.1f, so there are none; "
-                "a killed run starts again from its first block",
+                "quantize: %s: %.1f GiB are free and a save wants %.1f, so there are no more; make "
+                "room, or a run that is killed does all of this again",
                 self._folder, free / 2**30, needed / 2**30,
             )  # fmt: skip
-            shutil.rmtree(self._folder)
             self._folder = None
             return
         for each in self._pending:
@@ -144,16 +143,17 @@ class Saves:
             file.write(data)
         self._files[name] = hashlib.sha256(data).hexdigest()
 
-    def _fault(self, state: _State) -> str | None:
+    def _fault(self, state: _State, streams: int) -> str | None:
         """Why a save cannot be gone on from, None where it can."""
         assert self._folder
         own = json.loads(canonical(self._identity()))
         for name in own.keys() | state.identity.keys():
             if own.get(name) != state.identity.get(name):
                 return f"{self._folder} was saved with another {name}"
-        for name, digest in state.files.items():
+        names = [_block(index) for index in range(state.blocks)]
+        for name in names + [_stream(index, state.blocks) for index in range(streams)]:
             path = self._folder / name
-            if not path.is_file() or file_digest(path) != digest:
+            if not path.is_file() or file_digest(path) != state.files.get(name):
                 return f"{path} is damaged"
         return None
 
