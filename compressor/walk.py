@@ -98,15 +98,16 @@ class Step:
             yield rows, x_in, x_out
 
 
-def walk(stream: Stream, label: str = "walk") -> Iterator[Step]:
+def walk(stream: Stream, label: str = "walk", start: int = 0) -> Iterator[Step]:
     """Yield a `Step` per block; what a step was not asked to advance is advanced after it.
 
-    No gradients are kept. Peak memory is one block, the embedding and head, and the
-    activations of one batch, beside the stream itself.
+    The stream stands before block `start`. No gradients are kept. Peak memory is one block, the
+    embedding and head, and the activations of one batch, beside the stream itself.
     """
     decoder = stream.decoder
     with torch.no_grad():
-        for index in progress.track(range(len(decoder.blocks)), label, len(decoder.blocks)):
+        count = len(decoder.blocks)
+        for index in progress.track(range(start, count), label, count, start):
             with decoder.resident(index) as block:
                 step = Step(stream, index, block)
                 yield step

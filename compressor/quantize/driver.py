@@ -30,6 +30,8 @@ from compressor.quantize.kinds import kind_of
 from compressor.quantize.lint import lint
 from compressor.quantize.plan import grids, widths_by_block
 from compressor.quantize.precision import exactly, products_in
+from compressor.quantize.results import BlockResult
+from compressor.quantize.resume import Saves, identity_of
 from compressor.quantize.scaling import Scaled, scale_block
 from compressor.quantize.teacher import Guide, Teacher, Twin
 from compressor.quantize.turns import Catching, Moments, quantize_in_turn
@@ -79,26 +81,6 @@ class Recipe:
         return any(alpha > 0 for alpha, _ in self.strengths.values())
 
 
-@dataclass
-class BlockResult:
-    """One quantized block.
-
-    Attributes:
-        weights: the integers of each linear by full name.
-        report: per linear, `relative_error` ||(W - Q) X|| / ||W X|| (of its weights without
-            text; W as corrected), `damp` of the quantizer, `ridge` of the correction and, where
-            its inputs were scaled, `beta`.
-        drift: ||h - h'|| / ||h|| of the residual stream after the block, original or teacher
-            against compressed; None where the original's stream is not kept.
-        dense: other tensors of the block that scaling changed, by full name.
-    """
-
-    weights: dict[str, QuantizedWeight] = field(default_factory=dict)
-    report: dict[str, dict[str, float]] = field(default_factory=dict)
-    drift: float | None = None
-    dense: dict[str, Tensor] = field(default_factory=dict)
-
-
 def quantize(
     source: Path,
     out: Path,
@@ -106,17 +88,18 @@ def quantize(
     method: str,
     params: GridParams,
     *,
+    work: Path | None = None,
     teacher: Teacher | None = None,
     device: str = "cpu",
     batch_size: int = 4,
 ) -> dict[str, Any]:
     """Write `source` with every linear of its blocks in integers, block by block.
 
-    With tokens (N, T), each group of linears sees inputs made by the already quantized
-    ones before it (true sequential order), and is corrected towards the inputs it has in
-    `teacher`, or had in `source` itself. `quantization.json` in `out` holds the report of
-    every linear, the drift of the residual stream by depth and who can load the file. Returns
-    average bits, the mean error, the last drift and the readers in words.
+    With tokens (N, T), each group of linears sees inputs made by the already quantized ones
+    before it (true sequential order), and is corrected towards the inputs it has in `teacher`, or
+    had in `source` itself. A killed run goes on from what it saved in `work`, to the same bits.
+    `quantization.json` in `out` holds the report of every linear, the drift of the residual
+    stream by depth and who can load the file. Returns these in short.
     Raises `QuantizationError` before any work when the file could not be loaded.
     """
     if Checkpoint(source).quantized:
@@ -130,10 +113,13 @@ def quantize(
     decoder = Decoder(source, device)
     recipe = Recipe.of(decoder, method, params)
     readers = lint(decoder, recipe.grids, params.format)
+    saves = Saves(
+        work, lambda: identity_of(source, tokens, method, params, teacher, device, batch_size)
+    )
     report: dict[str, dict[str, float]] = {}
     drifts: list[float] = []
     with IntegerWriter(decoder, out, recipe.grids, params.format) as writer:
-        for result in quantize_blocks(decoder, tokens, recipe, batch_size, teacher):
+        for result in quantize_blocks(decoder, tokens, recipe, batch_size, teacher, saves):
             writer.block(result.weights, result.dense)
             report |= result.report
             drifts += [] if result.drift is None else [result.drift]
@@ -164,20 +150,25 @@ def quantize_blocks(
     recipe: Recipe,
     batch_size: int = 4,
     teacher: Teacher | None = None,
+    saves: Saves | None = None,
 ) -> Iterator[BlockResult]:
     """Quantize block after block in memory; each is resident, quantized, when it is yielded.
 
-    Without tokens (N, T), from weights alone. With them, batches are made as large as
-    `_INPUT_BYTES` allows, and at least `batch_size` windows.
+    Those that `saves` holds come first and are not resident. Without tokens (N, T), from weights
+    alone. With them, batches are made as large as `_INPUT_BYTES` allows, and at least
+    `batch_size` windows.
     """
+    saves = saves or Saves()
     if tokens is None:
         decoder.drop_shell()
-        count = len(decoder.blocks)
-        for index in progress.track(range(count), "quantize", count):
+        count, done = len(decoder.blocks), saves.restore(())
+        yield from saves.blocks(recipe.grids)
+        for index in progress.track(range(done, count), "quantize", count, done):
             with decoder.resident(index), torch.no_grad():
                 result = BlockResult()
                 for name, linear in decoder.blocks.linears(index).items():
                     _quantize_group(Group({name: linear}), None, recipe, result)
+                saves.add(result, ())
                 yield result
         return
     widest = max(weight_of(linear).shape[1] for linear in decoder.blocks.linears(0).values())
@@ -189,8 +180,11 @@ def quantize_blocks(
     probe = decoder.embed(tokens[:1, :_PROBE])
     decoder.drop_shell()
     release()
+    streams = [stream.x, truth.stream.x] if truth else [stream.x]
+    done = saves.restore(streams)
+    yield from saves.blocks(recipe.grids)
     with freed_memory_kept():
-        for step in walk(stream, "quantize"):
+        for step in walk(stream, "quantize", done):
             scaled = scale_block(step, probe, recipe.grids) if recipe.scales else Scaled({}, {})
             forwards = products_in(recipe.forwards, decoder.device, recipe.widest)
             with forwards, truth.beside(step) if truth else nullcontext() as original:
@@ -198,6 +192,7 @@ def quantize_blocks(
             result.dense = scaled.dense
             for name, beta in scaled.betas.items():
                 result.report[name]["beta"] = beta
+            saves.add(result, streams)
             yield result
 
 
