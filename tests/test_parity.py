@@ -118,6 +118,7 @@ def test_a_quantized_checkpoint_answers_by_blocks_what_the_whole_model_does(
     nll = torch.nn.functional.cross_entropy(window, torch.from_numpy(asked.window[0, 1:]))
     np.testing.assert_allclose(found.logits, expected, atol=1e-5)
     assert found.nll == pytest.approx(float(nll), abs=1e-5)
+    assert found.unit == pytest.approx(float(expected[:, :24].std(correction=0)), rel=1e-5)
     plain = answer(tmp_path / "model", None, asked, tokens(3, 6).numpy()).logits
     assert (np.abs(plain - found.logits).max() > 1e-3) == (head_bits is not None)
 
