@@ -25,23 +25,28 @@ from compressor.quantize import GptqParams
 from compressor.quantize.driver import Recipe, quantize_blocks
 from compressor.walk import Stream, walk
 
-OLD = {"alpha": 0.75, "ridge": 0.2, "catch_up": 0, "damp": 0.1}
+FLAT = {"fade": 0}
+OLD = {"alpha": 0.75, "ridge": 0.2, "catch_up": 0, "damp": 0.1, **FLAT}
 SETTINGS: list[dict[str, Any]] = [
     {"bits": 4, **OLD},
     {"bits": 4, **OLD, "catch_up": 1},
     {"bits": 4, **OLD, "alpha": 1, "ridge": 1, "catch_up": 1},
+    {"bits": 4, **FLAT},
+    {"bits": 4, **FLAT, "damp": 0.6},
+    {"bits": 4, **FLAT, "polish": 1},
+    {"bits": 4, **FLAT, "polish": 4},
+    {"bits": 4, **FLAT, "forwards": "float32"},
+    {"bits": 4, **FLAT, "scaling": "awq"},
     {"bits": 4},
-    {"bits": 4, "damp": 0.6},
-    {"bits": 4, "polish": 1},
-    {"bits": 4, "polish": 4},
-    {"bits": 4, "forwards": "float32"},
-    {"bits": 4, "scaling": "awq"},
     {"bits": 3, **OLD},
+    {"bits": 3, **FLAT},
     {"bits": 3},
+    {"bits": 3, "polish": 1},
     {"bits": 2, "symmetric": False, **OLD},
+    {"bits": 2, "symmetric": False, **FLAT},
     {"bits": 2, "symmetric": False},
-    {"bits": 8, "forwards": "float32"},
-    {"bits": 8, "forwards": "bfloat16"},
+    {"bits": 8, **FLAT, "forwards": "float32"},
+    {"bits": 8, **FLAT, "forwards": "bfloat16"},
 ]
 
 

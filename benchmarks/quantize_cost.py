@@ -33,12 +33,12 @@ from compressor.quantize.grid import Grid
 PHASES: dict[str, list[tuple[Any, str]]] = {
     "forwards": [(Decoder, "run"), (Decoder, "embed")],
     "moments": [(turns, "moments_of")],
-    "correction": [(driver, "propagate_error")],
+    "correction": [(driver, "propagate_error"), (driver, "propagate_difference")],
     "factors": [(gptq, "inverse_factor")],
     "scale search": [(Grid, "fit")],
     "sweep": [(gptq, "sweep")],
     "polish": [(gptq, "polished")],
-    "errors for the report": [(driver, "_relative_error")],
+    "errors for the report": [(driver, "_sizes")],
     "reading": [(Decoder, "weight"), (Decoder, "_load_shell")],
     "writing": [(CheckpointWriter, "add"), (CheckpointWriter, "finish")],
 }

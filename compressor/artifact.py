@@ -157,12 +157,12 @@ class Store:
             ]
         text = manifest.model_copy(update={"files": files}).model_dump_json(indent=1)
         (draft / MANIFEST).write_text(text + "\n", encoding="utf-8")
-        _sync(draft / MANIFEST)
+        sync(draft / MANIFEST)
         target = self.folder(manifest.stage, manifest.key)
         if target.exists():
             os.replace(target, self._replaced(manifest.key))
         os.replace(draft, target)
-        _sync(self.root)
+        sync(self.root)
         self._settle(target, manifest.key)
         shutil.rmtree(self.work(manifest.stage, manifest.key), ignore_errors=True)
         return target
@@ -210,11 +210,12 @@ def _sealed(path: Path) -> str:
     if path.is_symlink():
         return remembered_digest(path)
     digest = file_digest(path)
-    _sync(path)
+    sync(path)
     return digest
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

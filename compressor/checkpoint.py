@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,7 @@ class Checkpoint:
         self.folder = Path(folder)
         self.config: dict[str, Any] = read_json(self.folder / "config.json")
         self._shards = self._find_shards()
+        self._open: dict[Path, Any] | None = None
         self.entries: dict[str, tuple[Path, str, tuple[int, ...]]] = {}
         for shard in self._shards:
             for name, (dtype, shape) in read_header(shard).items():
@@ -107,8 +110,25 @@ class Checkpoint:
         """Read one tensor, memory-mapped, as stored."""
         if name not in self.entries:
             raise CheckpointError(f"{self.folder}: no tensor named {name!r}")
-        with safe_open(self.entries[name][0], framework="pt") as shard:
-            return shard.get_tensor(name)
+        shard = self.entries[name][0]
+        if self._open is not None:
+            if shard not in self._open:
+                self._open[shard] = safe_open(shard, framework="pt")
+            return self._open[shard].get_tensor(name)
+        with safe_open(shard, framework="pt") as file:
+            return file.get_tensor(name)
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Read the header of each shard once for all tensors of a `with` block.
+
+        Their pages stay mapped until the last of these tensors is gone, so keep a block short.
+        """
+        self._open = {}
+        try:
+            yield
+        finally:
+            self._open = None
 
     @property
     def quantized(self) -> bool:

@@ -49,6 +49,9 @@ class CutModel:
     that is shared runs with the weights, norms included, of another block's. Operations that
     agree with those before them up to some block start there, from a kept state; states are
     kept at every `stride`-th block, 1 unless they would exceed `STATE_BYTES`.
+
+    Attributes:
+        weights: what was read of the blocks, by block and name, where all of them fit.
     """
 
     def __init__(self, decoder: Decoder, tokens: Tensor, batch_size: int) -> None:
@@ -60,7 +63,7 @@ class CutModel:
         self.stride = max(1, math.ceil(len(decoder.blocks) * size / STATE_BYTES))
         self._path: tuple[Op, ...] = ()
         self._states = {0: stream.x}
-        self._weights: dict[tuple[int, str], Tensor] = {}
+        self.weights: dict[tuple[int, str], Tensor] = {}
 
     @torch.no_grad()
     def stream(self, ops: tuple[Op, ...]) -> Tensor:
@@ -110,11 +113,11 @@ class CutModel:
         return {name: self._weight(i, name) for name, i in owners.items() if i is not None}
 
     def _weight(self, index: int, name: str) -> Tensor:
-        if (index, name) in self._weights:
-            return self._weights[index, name]
+        if (index, name) in self.weights:
+            return self.weights[index, name]
         weight = self.decoder.weight(index, name)
         if self._fits:
-            self._weights[index, name] = weight
+            self.weights[index, name] = weight
         return weight
 
     @cached_property

@@ -17,6 +17,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.initialization import no_init_weights
 
 from compressor.blocks import Blocks, hidden, refuse_encoder_decoder
 from compressor.dense import DenseReader
@@ -98,7 +99,8 @@ class Decoder:
         Blocks whose branches it runs have the weights of these meanwhile.
         """
         if weights is None:
-            weights = {n: self.weight(index, n) for n in self.blocks.layers[index].state_dict()}
+            with self.reader.checkpoint.opened():
+                weights = {n: self.weight(index, n) for n in self.blocks.layers[index].state_dict()}
         with ExitStack() as lent:
             for kind, giver in self.blocks.reused.get(index, {}).items():
                 names = self._branch_weights(giver, kind)
@@ -215,7 +217,7 @@ def skeleton(folder: str | Path, dtype: torch.dtype = torch.float32) -> nn.Modul
         refuse_encoder_decoder(config)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), no_init_weights():
             model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except (ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]

@@ -6,11 +6,16 @@ import ctypes
 import gc
 import importlib
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
 _COLLAPSE = 25  # MADV_COLLAPSE of Linux 6.1, which Python has no name for
 _HUGE = 2 * 2**20
+
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of mallopt, and what glibc starts with
+_USUAL = {_TRIM_THRESHOLD: 2**26, _MMAP_MAX: 2**16}
 
 
 def reset_peak() -> None:
@@ -28,6 +33,26 @@ def peak() -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@contextmanager
+def freed_memory_kept() -> Iterator[None]:
+    """Keep freed memory for what is allocated next (glibc), and give it back at the end.
+
+    Large tensors are otherwise mapped anew each time, and the system clears every page of them.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if not mallopt:
+        yield
+        return
+    mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+    mallopt(_MMAP_MAX, 0)
+    try:
+        yield
+    finally:
+        for option, value in _USUAL.items():
+            mallopt(option, value)
+        release()
 
 
 def release() -> None:

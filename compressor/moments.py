@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_STRIP = 192  # channels whose products with themselves and all later ones are taken at once
+_STRIP = 144  # channels whose products with themselves and all later ones are taken at once
 _TOKENS = 1024  # that are in float32 at once
 
 
@@ -34,7 +34,13 @@ class Gram:
     @property
     def mean(self) -> Tensor:
         """(I, I): mean over tokens of x x^T."""
-        return self._sum.triu().add_(self._sum.triu(1).T).div_(max(1, self._count))
+        mean = self._sum / max(1, self._count)
+        for start in range(0, len(mean), _STRIP):
+            stop = start + _STRIP
+            own = mean[start:stop, start:stop]
+            own.copy_(own.triu().add_(own.triu(1).T))
+            mean[stop:, start:stop] = mean[start:stop, stop:].T
+        return mean
 
 
 class Cross:
@@ -60,12 +66,15 @@ class Cross:
         return self._sum / max(1, self._count)
 
 
-def energy(weight: Tensor, gram: Tensor) -> Tensor:
-    """tr(W H W^T) of weight (O, I) and a symmetric H (I, I), of which half is read."""
-    total = weight.new_zeros(())
+def energies(weight: Tensor, gram: Tensor) -> Tensor:
+    """w H w^T of each row w (I,) of weight (O, I), for a symmetric H (I, I) of which half is read.
+
+    Products are taken in the dtype of the autocast.
+    """
+    total = weight.new_zeros(len(weight))
     for start in range(0, len(gram), _STRIP):
         strip, rest = slice(start, start + _STRIP), slice(start + _STRIP, None)
         own = weight[:, strip]
-        total += (own @ gram[strip, strip]).mul_(own).sum()
-        total += 2 * (own @ gram[strip, rest]).mul_(weight[:, rest]).sum()
+        total += (own @ gram[strip, strip]).float().mul_(own).sum(1)
+        total += 2 * (own @ gram[strip, rest]).float().mul_(weight[:, rest]).sum(1)
     return total

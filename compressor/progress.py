@@ -24,8 +24,8 @@ class Task(Protocol):
 class Reporter(Protocol):
     """Whatever draws bars."""
 
-    def task(self, label: str, total: float) -> AbstractContextManager[Task]:
-        """Open a bar of `total` steps for the length of a `with` block."""
+    def task(self, label: str, total: float, done: float = 0) -> AbstractContextManager[Task]:
+        """Open a bar of `total` steps, some done by an earlier run, for a `with` block."""
 
 
 class _Silent:
@@ -41,15 +41,15 @@ def install(reporter: Reporter | None) -> None:
     _reporter.set(reporter)
 
 
-def task(label: str, total: float) -> AbstractContextManager[Task]:
+def task(label: str, total: float, done: float = 0) -> AbstractContextManager[Task]:
     """Open a bar, or nothing where nobody listens."""
     reporter = _reporter.get()
-    return reporter.task(label, total) if reporter else nullcontext(_Silent())
+    return reporter.task(label, total, done) if reporter else nullcontext(_Silent())
 
 
-def track(items: Iterable[T], label: str, total: int) -> Iterator[T]:
+def track(items: Iterable[T], label: str, total: int, done: int = 0) -> Iterator[T]:
     """Yield the items and advance a bar after each."""
-    with task(label, total) as bar:
+    with task(label, total, done) as bar:
         for item in items:
             yield item
             bar.advance()

@@ -60,10 +60,23 @@ class Scores(Record):
     unavailable: dict[str, str] = {}
     absent: dict[Literal["attention", "ffn"], list[int]] = {}
 
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        depth = self.num_blocks
+        tables = {"block": self.block, "attention": self.attention, "ffn": self.ffn}
+        for kind, table in tables.items():
+            for name, values in table.items():
+                if len(values) != depth:
+                    raise ValueError(f"{kind}.{name}: {len(values)} numbers for {depth} blocks")
+        lengths = [len(row) for row in self.distances]
+        if lengths and lengths != [*range(depth, 0, -1)]:
+            raise ValueError(f"distances: expected rows of {depth} to 1 numbers, got {lengths}")
+        return self
+
     def having(self, kind: str) -> list[int]:
         """The blocks that have a part of this kind: `block`, `attention` or `ffn`."""
-        absent: dict[str, list[int]] = dict(self.absent)
-        return [i for i in range(self.num_blocks) if i not in absent.get(kind, ())]
+        absent = {i for name, gone in self.absent.items() if name == kind for i in gone}
+        return [i for i in range(self.num_blocks) if i not in absent]
 
 
 class Selection(Record):

@@ -58,6 +58,12 @@ class Trial:
         self._known: dict[tuple[str, tuple[Op, ...]], float] = {}
         self._log = _Log(log) if log else None
 
+    def beside(self, tokens: Tensor) -> Trial:
+        """The same model on other windows (N, T); both hold its blocks once."""
+        other = Trial(self.decoder, tokens, batch_size=self.batch_size)
+        other._model.weights = self._model.weights
+        return other
+
     def loss(self, selection: Selection) -> float:
         """Mean next-token loss over N (T - 1) tokens, nats; infinite where the cut overflows."""
         return self._asked("loss", selection, self._measure_loss)

@@ -55,12 +55,12 @@ class Stream:
         return other
 
     def relative_error(self, other: Stream) -> float:
-        """||h - h'|| / ||h|| of this stream h and another h' of its shape, in float64."""
+        """||h - h'|| / ||h|| of this stream h and another h' of its shape, summed in float64."""
         lost = total = 0.0
         for rows in self.batches:
-            x = self.x[rows].double()
-            lost += float((other.x[rows] - x).square().sum())
-            total += float(x.square().sum())
+            x = self.x[rows]
+            lost += float(torch.linalg.vector_norm(other.x[rows] - x, dtype=torch.float64)) ** 2
+            total += float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
         return math.sqrt(lost / total)
 
     def logits(self) -> Iterator[tuple[slice, Tensor]]:
@@ -98,15 +98,16 @@ class Step:
             yield rows, x_in, x_out
 
 
-def walk(stream: Stream, label: str = "walk") -> Iterator[Step]:
+def walk(stream: Stream, label: str = "walk", start: int = 0) -> Iterator[Step]:
     """Yield a `Step` per block; what a step was not asked to advance is advanced after it.
 
-    No gradients are kept. Peak memory is one block, the embedding and head, and the
-    activations of one batch, beside the stream itself.
+    The stream stands before block `start`. No gradients are kept. Peak memory is one block, the
+    embedding and head, and the activations of one batch, beside the stream itself.
     """
     decoder = stream.decoder
     with torch.no_grad():
-        for index in progress.track(range(len(decoder.blocks)), label, len(decoder.blocks)):
+        count = len(decoder.blocks)
+        for index in progress.track(range(start, count), label, count, start):
             with decoder.resident(index) as block:
                 step = Step(stream, index, block)
                 yield step

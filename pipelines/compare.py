@@ -86,28 +86,35 @@ def compare(
     Raises `SelectionError` when not one could be made.
     """
     shared, selects = plan_choices(config, pin(config), {c.label: c.stage for c in asked})
-    for stage in shared:
-        ensure(stage, config, store, on_event)
     inputs = {stage.label: stage for stage in shared}
-    scores = Scores.load(store.folder("score", inputs["score"].key) / "scores.json")
+    unavailable, score_seconds = _shared(shared, config, store, on_event)
 
     def tried(selection: Selection) -> dict[str, Any]:
         stage = _trial(selection, inputs)
         ensure(stage, config, store, on_event)
         return store.manifest(stage.verb, stage.key).metrics
 
-    original = tried(Selection(num_blocks=scores.num_blocks))
-    rows, failed = [], []
+    made: list[tuple[Choice, Selection]] = []
+    failed: list[dict[str, str]] = []
     for choice in asked:
         select = selects[choice.label]
         try:
+            if choice.score in unavailable:
+                raise NotApplicable(unavailable[choice.score])
             ensure(select, config, store, on_event)
         except (SelectionError, NotApplicable) as error:
-            why = scores.unavailable.get(choice.score or "", str(error))
-            failed.append({"choice": choice.label, "reason": why})
+            failed.append({"choice": choice.label, "reason": str(error)})
             continue
-        selection = Selection.load(store.folder(select.verb, select.key) / "selection.json")
-        quality = tried(selection)
+        folder = store.folder(select.verb, select.key)
+        made.append((choice, Selection.load(folder / "selection.json")))
+    if not made:
+        reasons = "; ".join(f"{row['choice']}: {row['reason']}" for row in failed)
+        raise SelectionError(f"no choice could be made ({reasons})")
+    num_blocks = made[0][1].num_blocks
+    original = tried(Selection(num_blocks=num_blocks))
+    rows = []
+    for choice, selection in made:
+        select, quality = selects[choice.label], tried(selection)
         rows.append(
             {
                 "choice": choice.label,
@@ -120,18 +127,35 @@ def compare(
                 "parts": selection.model_dump(mode="json", include=_TRIED),
             }
         )
-    if not rows:
-        reasons = "; ".join(f"{row['choice']}: {row['reason']}" for row in failed)
-        raise SelectionError(f"no choice could be made ({reasons})")
     return {
         "format": FORMAT,
         "name": config.head.name,
-        "num_blocks": scores.num_blocks,
+        "num_blocks": num_blocks,
         "original": original,
         "rows": sorted(rows, key=lambda row: row["loss"]),
         "failed": failed,
-        "score_seconds": store.manifest("score", inputs["score"].key).seconds,
+        "score_seconds": score_seconds,
     }
+
+
+def _shared(
+    stages: Iterable[Stage], config: RunConfig, store: Store, on_event: OnEvent
+) -> tuple[dict[str, str], float]:
+    """Build what all choices read: why which score cannot be given, and what scores took."""
+    unavailable, seconds = {}, 0.0
+    for stage in stages:
+        try:
+            ensure(stage, config, store, on_event)
+        except NotApplicable as error:
+            if stage.verb != "score":
+                raise
+            unavailable = dict.fromkeys(stage.methods, str(error))  # none of them
+            continue
+        if stage.verb == "score":
+            scores = Scores.load(store.folder(stage.verb, stage.key) / "scores.json")
+            unavailable = scores.unavailable
+            seconds = store.manifest(stage.verb, stage.key).seconds
+    return unavailable, seconds
 
 
 def _trial(selection: Selection, inputs: Mapping[str, Stage]) -> Stage:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from compressor import progress
 from compressor.artifact import Store
@@ -18,8 +19,24 @@ from pipelines.commands import JSON, QUIET, SET, STORE
 from pipelines.run import Event
 from pipelines.verbs import MODEL, TEXT, model_source, refuse_existing, role_source, run_name
 
-SCORES = "angular_distance,block_influence,lamp"
-SELECTIONS = "contiguous,lowest,simple"
+DEFAULTS = {
+    "block": ("angular_distance,block_influence,lamp", "contiguous,lowest,simple"),
+    "attention": ("sublayer_cosine,attention_rank,taylor", "lowest"),
+    "ffn": ("sublayer_cosine,ffn_saturation,taylor", "lowest"),
+    "sublayers": ("sublayer_cosine,taylor", "joint"),
+}
+"""Scores and selections that a comparison of such parts takes where none are named."""
+
+_BLOCK = DEFAULTS["block"]
+
+_YAML = (".yaml", ".yml")
+_SETTINGS = {
+    "held_out": "text.evaluation.windows",
+    "windows": "text.calibration.windows",
+    "length": "text.calibration.length",
+    "text": "text.source.file",
+    "field": "text.source.field",
+}
 
 
 @click.command()
@@ -29,8 +46,8 @@ SELECTIONS = "contiguous,lowest,simple"
     "--part", type=click.Choice(contest.PARTS), default="block", show_default=True,
     help="What a part is: a block, an attention, a feed-forward, or either of the two (sublayers).",
 )  # fmt: skip
-@click.option("--scores", default=SCORES, show_default=True, help="Names, joined by commas.")
-@click.option("--selections", default=SELECTIONS, show_default=True, help="Names, likewise.")
+@click.option("--scores", help=f"Names, joined by commas [default of blocks: {_BLOCK[0]}].")
+@click.option("--selections", help=f"Names, likewise [default of blocks: {_BLOCK[1]}].")
 @click.option("--held-out", type=int, default=16, show_default=True, help="Windows to judge by.")
 @TEXT[0]
 @TEXT[1]
@@ -48,8 +65,8 @@ def compare(
     model: str,
     budget: int,
     part: str,
-    scores: str,
-    selections: str,
+    scores: str | None,
+    selections: str | None,
     out: Path | None,
     store: Path,
     as_json: bool,
@@ -67,9 +84,15 @@ def compare(
     compress compare configs/demo.yaml --budget 6 --scores angular_distance,lamp \\
         --selections contiguous,lowest,sleb -o comparison
     """
-    names = [name.strip() for name in scores.split(",")]
-    asked = contest.choices([name.strip() for name in selections.split(",")], names, budget, part)
-    checked = configuration.parse(_tree(model, names, given), f"compress compare {model}")
+    names, ways = (
+        [name.strip() for name in (words or default).split(",")]
+        for words, default in zip((scores, selections), DEFAULTS[part], strict=True)
+    )
+    asked = contest.choices(ways, names, budget, part)
+    read = list(dict.fromkeys(choice.score for choice in asked if choice.score))
+    if model.endswith(_YAML):
+        _refuse_text_options(model)
+    checked = configuration.parse(_tree(model, read, given), f"compress compare {model}")
     if out:
         refuse_existing(out)
     if not quiet:
@@ -90,12 +113,23 @@ def compare(
         leaderboard.show(board, display.stdout())
 
 
+def _refuse_text_options(model: str) -> None:
+    context = click.get_current_context()
+    for name, setting in _SETTINGS.items():
+        if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            raise ConfigError(
+                f"{model} says what text is used, so --{name.replace('_', '-')} would do nothing; "
+                f"write --set {setting}=..."
+            )
+
+
 def _tree(model: str, scores: list[str], given: dict[str, Any]) -> dict[str, Any]:
     """The configuration of the shared stages: model, held-out and calibration text, scores."""
     tree: dict[str, Any] = {}
-    if model.endswith((".yaml", ".yml")):
+    if model.endswith(_YAML):
         tree = configuration.read(Path(model))
-        tree.setdefault("text", {}).pop("healing", None)
+        if isinstance(tree.get("text"), dict):
+            tree["text"].pop("healing", None)
     else:
         tree = {"model": model_source(model)}
         if not given["text"]:
@@ -106,8 +140,14 @@ def _tree(model: str, scores: list[str], given: dict[str, Any]) -> dict[str, Any
             "evaluation": calibration | {"windows": given["held_out"]},
         }
     tree["name"] = run_name("compare", model)
-    tree["stages"] = [{"score": {name: {} for name in scores}}]
+    tree["stages"] = [{"score": {name: {} for name in scores}}] if scores else []
     configuration.override(tree, given["overrides"])
+    roles = tree.get("text")
+    if not isinstance(roles, dict) or not roles.get("evaluation"):
+        raise ConfigError(
+            f"{model}: no text.evaluation, by which choices are judged; add it, such as "
+            "evaluation: {windows: 16, length: 512} under text"
+        )
     return tree
 
 

@@ -44,10 +44,12 @@ class Bars:
     """Draws bars on a terminal and plain lines into a log file."""
 
     @contextmanager
-    def task(self, label: str, total: float) -> Iterator[progress.Task]:
-        """Open a bar with an estimate of the time left."""
+    def task(self, label: str, total: float, done: float = 0) -> Iterator[progress.Task]:
+        """Open a bar with an estimate of the time left, from this run's pace."""
+        if done:
+            label = f"{label}: from {done + 1:.0f} of {total:.0f}, resumed"
         if not console.is_terminal:
-            yield _Lines(label, total)
+            yield _Lines(label, total, done)
             return
         columns = (
             TextColumn("  {task.description}"),
@@ -59,7 +61,7 @@ class Bars:
             TextColumn("{task.fields[note]}"),
         )
         with Progress(*columns, console=console, transient=True) as bars:
-            yield _Bar(bars, bars.add_task(label, total=total, note=""))
+            yield _Bar(bars, bars.add_task(label, total=total, completed=int(done), note=""))
 
 
 class _Bar:
@@ -75,8 +77,8 @@ class _Bar:
 class _Lines:
     """A line now and then, for logs."""
 
-    def __init__(self, label: str, total: float) -> None:
-        self._label, self._total, self._done = label, total, 0.0
+    def __init__(self, label: str, total: float, done: float) -> None:
+        self._label, self._total, self._done, self._before = label, total, done, done
         self._began = self._last = time.monotonic()
 
     def advance(self, steps: float = 1, note: str = "") -> None:
@@ -85,7 +87,8 @@ class _Lines:
         if now - self._last < _LINE_EVERY_SECONDS:
             return
         self._last = now
-        left = (now - self._began) * (self._total - self._done) / self._done
+        pace = (now - self._began) / (self._done - self._before)
+        left = pace * (self._total - self._done)
         line = f"  {self._label} {self._done:.0f}/{self._total:.0f}, about {left:.0f} s left"
         console.print(f"{line} {note}".rstrip(), highlight=False)
 

@@ -196,6 +196,7 @@ class _Planner:
         if asked.verb == "export":  # the graph is timed with the same settings
             params["evaluate"] = self.head.evaluate.model_dump(mode="json")
         roles = {role for row in table.values() for role in row.needs}
+        roles |= self._welcome(asked)
         if "teacher" in roles and {"unpruned", "healing"} <= self.latest.keys():
             self.latest["teacher"] = self._teacher(next(iter(asked.methods.values())))
         if "costs" in roles:
@@ -271,10 +272,14 @@ class _Planner:
         cuts = [stage.inputs["selection"] for stage in since if "selection" in stage.inputs]
         return {f"cut {number}": cut for number, cut in enumerate(cuts, 1)}
 
+    def _welcome(self, asked: StageConfig) -> set[str]:
+        """The role that a stage takes where it was made; scores only where it goes by one."""
+        role = _WELCOMES.get(asked.verb, "")
+        by_score = any("score" in type(given).model_fields for given in asked.methods.values())
+        return {role} & self.latest.keys() if by_score or role != "scores" else set()
+
     def _inputs(self, verb: str, roles: set[str]) -> dict[str, Stage]:
         inputs = {"checkpoint": self.latest["checkpoint"]}
-        if _WELCOMES.get(verb) in self.latest:
-            inputs[_WELCOMES[verb]] = self.latest[_WELCOMES[verb]]
         for role in sorted(roles):
             if role not in self.latest:
                 remedy = _REMEDIES.get(

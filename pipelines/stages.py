@@ -175,6 +175,7 @@ def quantize(job: Job) -> dict[str, Any]:
         tokens,
         name,
         params,
+        work=job.work,
         teacher=_teacher(job, params.needs),
         device=job.device,
         batch_size=job.config.head.batch_size,

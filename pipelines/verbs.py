@@ -237,7 +237,9 @@ def parse_blocks(text: str, option: str = "--blocks") -> list[int]:
             raise SelectionError(f"{option} {text}: expected indices such as 13-18 or 3,7,12")
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
-            raise SelectionError(f"{option} {text}: {part.strip()} goes down; write {last}-{first}")
+            raise SelectionError(
+                f"{option} {text}: {part.strip()} ends before it begins; write {last}-{first}"
+            )
         blocks += range(first, last + 1)
     return sorted(blocks)
 

@@ -293,6 +293,18 @@ def test_median_is_exact(seed: int) -> None:
     assert mean(parts) == pytest.approx(float(everything.double().mean()))
 
 
+@pytest.mark.parametrize(("kind", "passes"), [("usual", 2), ("pruned", 2), ("misleading", 3)])
+def test_median_of_many_is_exact(kind: str, passes: int) -> None:
+    x = torch.randn(301, 433, generator=torch.Generator().manual_seed(1)).abs()
+    if kind == "pruned":
+        x[x < x.quantile(0.7)] = 0
+    if kind == "misleading":  # what is sampled says nothing of the rest
+        x.view(-1)[::127] = 1e9 + torch.arange(len(x.view(-1)[::127]))
+    calls: list[list[Tensor]] = []
+    assert median(lambda: calls.append([x]) or [x]) == float(x.median())
+    assert len(calls) == passes
+
+
 @pytest.mark.parametrize("name", ["dlp", "owl", "zd"])
 def test_matrices_in_pieces_give_the_same(
     name: str, llama: Path, monkeypatch: pytest.MonkeyPatch

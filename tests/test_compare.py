@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from rich.console import Console
 
 from compressor.errors import ConfigError
 from compressor.records import Selection
 from pipelines import leaderboard
 from pipelines.compare import choices
+from pipelines.compare_command import DEFAULTS
+from pipelines.compare_command import compare as command
 from tests.command_line import compress
 from tests.tiny import save_project
 
@@ -106,10 +109,79 @@ def test_unknown_names_are_explained() -> None:
         choices(["fixed"], ["lamp"], 2, "block")
 
 
+def test_only_scores_that_choices_go_by_are_computed(project: Path) -> None:
+    wanted = [*ARGUMENTS]
+    wanted[wanted.index("lowest,simple")] = "lowest/zd,simple"
+    done = compress(project, *wanted, "--json")
+    assert {row["choice"] for row in json.loads(done.stdout)["rows"]} == {"lowest / zd", "simple"}
+    assert "> score zd\n" in done.stderr
+
+
+def test_text_options_beside_a_configuration_are_refused(project: Path) -> None:
+    done = compress(project, "compare", "tiny.yaml", "--budget", "2", "--held-out", "3")
+    assert done.returncode == 1
+    assert "--held-out would do nothing; write --set text.evaluation.windows=" in done.stderr
+
+
 def test_a_selection_without_scores_is_tried_once() -> None:
     asked = choices(["simple", "lowest"], ["lamp", "zd"], 3, "block")
     assert [c.label for c in asked] == ["simple", "lowest / lamp", "lowest / zd"]
     assert {c.settings["n"] for c in asked} == {3}
+
+
+def in_process(monkeypatch: pytest.MonkeyPatch, folder: Path, *args: str) -> Any:
+    """The leaderboard that the command prints, or what it raises."""
+    monkeypatch.chdir(folder)
+    text = ("--text", "corpus.jsonl", "--field", "text", "--windows", "4", "--length", "24")
+    given = (args[0], "--budget", "1", *args[1:], *text, "--json", "--quiet")
+    result = CliRunner().invoke(command, given)
+    if result.exception:
+        raise result.exception
+    return json.loads(result.stdout)
+
+
+def test_the_score_of_a_pair_is_computed(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ("--scores", "lamp", "--selections", "lowest/lim,simple")
+    found = in_process(monkeypatch, project, "model", *asked)
+    assert {row["choice"] for row in found["rows"]} == {"lowest / lim", "simple"}
+    assert not found["failed"]
+
+
+@pytest.mark.parametrize("part", DEFAULTS)
+def test_every_part_has_defaults_that_fit(
+    part: Any, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores, selections = (words.split(",") for words in DEFAULTS[part])
+    every = {choice.label for choice in choices(selections, scores, 1, part)}
+    if part == "block":
+        return
+    found = in_process(monkeypatch, project, "model", "--part", part)
+    short = {row["choice"]: row["reason"] for row in found["failed"]}
+    assert {row["choice"] for row in found["rows"]} == every - short.keys()
+    assert short.keys() <= {"lowest / ffn_saturation"}
+    assert all("within the warm-up of 25" in reason for reason in short.values())
+
+
+def test_choices_without_a_score_go_on_without_scores(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No score is left, or none is needed: neither ends the others."""
+    asked = ("--part", "ffn", "--scores", "ffn_saturation", "--selections")
+    found = in_process(monkeypatch, project, "model", *asked, "lowest,sleb")
+    assert [row["choice"] for row in found["rows"]] == ["sleb"]
+    assert [row["choice"] for row in found["failed"]] == ["lowest / ffn_saturation"]
+    found = in_process(monkeypatch, project, "model", *asked, "sleb")
+    assert ([row["choice"] for row in found["rows"]], found["failed"]) == (["sleb"], [])
+    assert found["score_seconds"] == 0
+
+
+@pytest.mark.parametrize("text", ["", "{calibration: {windows: 4, length: 24}}", "corpus.txt"])
+def test_a_configuration_without_held_out_text_is_refused(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bare.yaml").write_text(f"model: {{path: model}}\ntext: {text}\n")
+    with pytest.raises(ConfigError, match=r"bare\.yaml: no text\.evaluation, by which choices"):
+        in_process(monkeypatch, tmp_path, "bare.yaml")
 
 
 def test_words_and_map_of_a_selection() -> None:

@@ -1,14 +1,17 @@
-"""Memory gathered into huge pages holds what it held."""
+"""Memory: gathered into huge pages it holds what it held; freed, it is kept only inside."""
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from compressor import memory
 from compressor.memory import from_proc, use_huge_pages
 
 ROLLUP = "/proc/self/smaps_rollup"
@@ -34,3 +37,20 @@ def test_huge_pages_hold_what_was_there() -> None:
         np.testing.assert_array_equal(numbers, np.arange(len(numbers)))
         del numbers
     assert gathered > 0
+
+
+def test_freed_memory_is_kept_inside_and_given_back_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[int, ...]] = []
+    library = SimpleNamespace(
+        mallopt=lambda *option: calls.append(option), malloc_trim=lambda pad: calls.append((pad,))
+    )
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: library)
+    with memory.freed_memory_kept():
+        assert calls == [(-1, 2**31 - 1), (-4, 0)]  # never trimmed, nothing mapped
+    assert calls[2:] == [(-1, 2**26), (-4, 2**16), (0,)]
+
+
+def test_other_c_libraries_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace())
+    with memory.freed_memory_kept():
+        pass

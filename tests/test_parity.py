@@ -20,7 +20,8 @@ from compressor.quantize.driver import quantize
 from compressor.runtimes.session import Cache, Session
 from tests.tiny import save_tiny, save_tokenizer, tokens
 
-Where = Callable[[np.ndarray, Cache | None, np.ndarray | None], bool]
+Where = Callable[[np.ndarray, Cache | None, np.ndarray | None], Any]
+LAST_ROW = np.array([0, 0, 1])[:, None, None]
 
 
 class Faulty(Session):
@@ -46,6 +47,10 @@ FAULTS: dict[str, tuple[Where, set[str]]] = {
     "a step of a batch": (lambda i, c, m: i.shape == (2, 1), {"decode"}),
     "chunks": (lambda i, c, m: c is not None and i.shape == (1, 12), {"chunked"}),
     "padding": (lambda i, c, m: m is not None and c is None, {"padded"}),
+    "one padded row": (
+        lambda i, c, m: LAST_ROW if m is not None and c is None else False,
+        {"padded"},
+    ),
     "a step behind padding": (lambda i, c, m: m is not None and c is not None, {"padded"}),
     "a longer text": (lambda i, c, m: i.shape[1] == 40, {"nll"}),
 }

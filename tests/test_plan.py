@@ -163,6 +163,22 @@ def test_the_order_of_scores_does_not_count() -> None:
     assert changed(one, two) == []
 
 
+def test_a_selection_reads_scores_only_where_it_goes_by_one() -> None:
+    """One more score must not run a search again that looks at none."""
+    for asked, moved in (
+        ({"method": "sleb", "n": 2}, []),
+        ({"method": "even", "n": 2}, []),
+        ({"method": "contiguous", "n": 2}, ["select"]),
+        ({"method": "swap", "n": 2}, ["select"]),
+    ):
+        one, two = (
+            stages(stages=[{"score": names}, {"select": asked}])
+            for names in (["lamp"], ["lamp", "zd"])
+        )
+        assert changed(one, two) == ["score", *moved]
+        assert ("scores" in one[-1].inputs) == bool(moved)
+
+
 def test_scores_and_selections_are_spent_by_pruning() -> None:
     """Block numbers of the model before do not fit the model after."""
     scored = [{"score": ["lamp"]}, {"select": {"n": 1}}, "prune"]

@@ -43,7 +43,7 @@ def test_a_rescaled_group_is_at_its_minimum(group: int) -> None:
     columns = slice(8 * group, 8 * group + 8)
     slope = hessian[columns] @ (product(levels, scale) - weight).T
     own = levels[:, columns].T
-    change = rescale(slope, hessian[columns, columns], own, scale[:, group], grid)
+    change = rescale(slope, hessian[columns, columns] @ own, own, scale[:, group], grid)
     assert change.all()
 
     def losses(factor: float) -> Tensor:
@@ -61,12 +61,13 @@ def test_groups_of_zeros_and_stored_dtypes_keep_their_scales() -> None:
     scale = scale.bfloat16().double()
     gram = hessian[8:16, 8:16]
     slope = hessian[8:16] @ (product(levels, scale) - weight).T
-    change = rescale(slope, gram, levels[:, 8:16].T, scale[:, 1], grid)
-    new = scale[:, 1] + change
-    assert torch.equal(new, new.bfloat16().double()) and change.any()
-    assert not rescale(slope, gram, torch.zeros(8, 6).double(), scale[:, 1], grid).any()
     own, step = levels[:, 8:16].T, scale[:, 1]
-    assert not rescale(gram @ (2 * own * step), gram, own, step, grid).any()  # best is -step
+    change = rescale(slope, gram @ own, own, step, grid)
+    new = step + change
+    assert torch.equal(new, new.bfloat16().double()) and change.any()
+    nothing = torch.zeros(8, 6).double()
+    assert not rescale(slope, nothing, nothing, step, grid).any()
+    assert not rescale(gram @ (2 * own * step), gram @ own, own, step, grid).any()  # best is -step
     before = loss(weight, product(levels, scale), hessian)
     after = loss(weight, product(*polish(weight, hessian, levels, scale, zero, grid)), hessian)
     assert (after <= before).all() and (after < before).any()
@@ -83,8 +84,9 @@ def test_descent_equals_trying_every_level(
     for group in range(3):
         columns = slice(8 * group, 8 * group + 8)
         slope = hessian[columns] @ (product(levels, scale) - weight).T / scale[:, group]
-        low, high = (bound[:, group] - levels[:, columns].T for bound in grid.bounds(zero))
-        moved = descend(slope, hessian[columns, columns], low, high).T
+        low, high = (bound[:, group] for bound in grid.bounds(zero))
+        own = levels[:, columns].T
+        found = descend(slope, hessian[columns, columns], own, low, high).T
         expected = levels.clone()
         for row in range(6):
             for column in range(columns.start, columns.stop):
@@ -93,9 +95,9 @@ def test_descent_equals_trying_every_level(
                 options[:, column] = tries
                 losses = loss(weight[row], product(options, scale[row].repeat(4, 1)), hessian)
                 expected[row, column] = tries[losses.argmin()]
-        levels[:, columns] += moved
+        changed += int((found != own.T).sum())
+        levels[:, columns] = found
         assert torch.equal(levels, expected)
-        changed += int(moved.count_nonzero())
     assert changed > 10
 
 
@@ -112,9 +114,9 @@ def test_a_round_goes_over_the_groups_in_turn(symmetric: bool) -> None:
         def slope(columns: slice = columns) -> Tensor:
             return hessian[columns] @ (product(levels, scale) - weight).T
 
-        scale[:, group] += rescale(slope(), gram, own.T, scale[:, group], grid)
-        low, high = (bound[:, group] - own.T for bound in grid.bounds(zero))
-        own += descend(slope() / scale[:, group], gram, low, high).T
+        scale[:, group] += rescale(slope(), gram @ own.T, own.T, scale[:, group], grid)
+        low, high = (bound[:, group] for bound in grid.bounds(zero))
+        own.copy_(descend(slope() / scale[:, group], gram, own.T, low, high).T)
     assert torch.equal(found[0], levels)
     torch.testing.assert_close(found[1], scale)
 

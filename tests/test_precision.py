@@ -12,7 +12,7 @@ from compressor.decoder import Decoder
 from compressor.quantize import GptqParams, precision
 from compressor.quantize.driver import Recipe, quantize_blocks
 from compressor.quantize.grid import Grid, QuantizedWeight
-from compressor.quantize.turns import Reading, moments_of
+from compressor.quantize.turns import Catching, Reading, moments_of
 from tests.tiny import save_tiny, tokens
 
 CPU = torch.device("cpu")
@@ -28,7 +28,7 @@ def run(folder: Path, forwards: str) -> tuple[list[Tensor], list[Tensor], float]
         grams.append(gram)
         return recipe.quantizer(weight, gram, grid)
 
-    watching = Recipe(recipe.grids, watched, recipe.strengths, recipe.catch_up, recipe.forwards)
+    watching = Recipe(recipe.grids, watched, recipe.strengths, recipe.catching, recipe.forwards)
     blocks = []
     for block in quantize_blocks(Decoder(folder), tokens(8), watching):
         assert not torch.is_autocast_enabled("cpu")
@@ -89,9 +89,9 @@ def test_differences_are_formed_before_they_are_rounded() -> None:
     h = torch.randn(64, 6, generator=draw)
     for stream in (None, h):
         pairs = [(Reading(x, stream), Reading(near, stream))]
-        exact = moments_of(pairs, weight, 1.0)
+        exact = moments_of(pairs, weight, Catching(1.0))
         with precision.products_in("bfloat16", CPU, 4):
-            half = moments_of(pairs, weight, 1.0)
+            half = moments_of(pairs, weight, Catching(1.0))
         assert torch.equal(half.gram, exact.gram)
         for a, b in zip(exact[1:], half[1:], strict=True):
             assert (a is None) == (b is None)

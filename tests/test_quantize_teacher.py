@@ -16,8 +16,9 @@ from compressor.prune.blocks import prune
 from compressor.prune.driver import prune as cut_sublayers
 from compressor.prune.sublayers import blocks_left
 from compressor.quantize import GptqParams
-from compressor.quantize.driver import BlockResult, Recipe, quantize_blocks
+from compressor.quantize.driver import Recipe, quantize_blocks
 from compressor.quantize.error_propagation import propagate_error
+from compressor.quantize.results import BlockResult
 from compressor.quantize.teacher import Teacher
 from compressor.records import Selection
 from compressor.walk import Stream, walk

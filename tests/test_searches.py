@@ -320,6 +320,19 @@ def test_a_twin_stands_in_for_a_skipped_sublayer(taker: int, giver: int, tmp_pat
     assert trial.distance(found) < 1e-9
 
 
+def test_the_null_prompt_reads_no_weight_again(trial: Trial, monkeypatch: Any) -> None:
+    asked: list[tuple[int, str]] = []
+    weight = Decoder.weight
+
+    def counted(self: Decoder, index: int, name: str) -> torch.Tensor:
+        asked.append((index, name))
+        return weight(self, index, name)
+
+    monkeypatch.setattr(Decoder, "weight", counted)
+    skrr(SCORES, trial, n=1, beam=1, reuse=True, protect=())
+    assert len(asked) == len(set(asked)) == L * 9
+
+
 def test_a_wide_beam_is_brute_force(folder: Path) -> None:
     trial = Trial(Decoder(folder), tokens())
     distances = {

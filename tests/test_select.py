@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 from fractions import Fraction
 from pathlib import Path
@@ -225,6 +226,14 @@ def test_scores_round_trip_bit_for_bit(tmp_path: Path) -> None:
     first.write_text('{"num_blocks": 0}')
     with pytest.raises(SelectionError, match=r"a\.json: num_blocks: .* greater than 0"):
         Scores.load(first)
+    for edited, said in (
+        ({"block": {"bi": [0.1]}}, r"block\.bi: 1 numbers for 2 blocks"),
+        ({"ffn": {"cos": [0.1] * 3}}, r"ffn\.cos: 3 numbers for 2 blocks"),
+        ({"distances": [[0.1, 0.2]]}, r"distances: expected rows of 2 to 1 numbers, got \[2\]"),
+    ):
+        first.write_text(json.dumps({"num_blocks": 2, **edited}))
+        with pytest.raises(SelectionError, match=rf"a\.json: .*{said}"):
+            Scores.load(first)
 
 
 def test_selections_round_trip_and_refuse_nonsense(tmp_path: Path) -> None:

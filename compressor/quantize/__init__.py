@@ -25,7 +25,7 @@ PROPAGATION: dict[str, tuple[dict[Kind, float], float]] = {
 }
 """Sets of alpha per kind and ridge: ours, the paper's command line, its later library, off.
 
-Ours also sets `catch_up`.
+Ours also sets `catch_up` and `fade`.
 """
 
 
@@ -63,6 +63,11 @@ class PropagatingParams(GridParams):
     catch_up: Alpha | None = Field(
         None, description="share of what the residual stream lost that o and down make up for"
     )
+    fade: Annotated[float, Field(ge=0, le=2)] | None = Field(
+        None,
+        description="tokens count ||h||^-fade in o and down, h being the residual stream they add "
+        "to; 1 in the tuned set, else 0",
+    )
 
     forwards: Forwards = Field(
         "auto",
@@ -80,10 +85,13 @@ class PropagatingParams(GridParams):
         "before the last prune or before all of them",
     )
 
-    def catching_up(self) -> float:
-        """Share of the stream's loss that o and down make up for; ours all, the published none."""
+    def catching(self) -> tuple[float, float]:
+        """(`catch_up`, `fade`); ours both 1, the published none."""
         ours = 1.0 if self.propagation == "tuned" else 0.0
-        return ours if self.catch_up is None else self.catch_up
+        return (
+            ours if self.catch_up is None else self.catch_up,
+            ours if self.fade is None else self.fade,
+        )
 
     @model_validator(mode="after")
     def _teachable(self) -> Self:
@@ -145,7 +153,7 @@ METHODS = {
         "arXiv:2210.17323 section 4 (baseline)",
         "weights only",
         (),
-        3,
+        4,
     ),
     "qep_rtn": Method(
         "compressor.quantize.rtn:rtn",

@@ -19,10 +19,10 @@ from compressor.blocks import weight_of
 from compressor.checkpoint import Checkpoint
 from compressor.decoder import Decoder, all_finite
 from compressor.errors import QuantizationError
-from compressor.memory import release
-from compressor.moments import energy
+from compressor.memory import freed_memory_kept, release
+from compressor.moments import energies
 from compressor.quantize import METHODS, Forwards, GridParams, Kind, PropagatingParams
-from compressor.quantize.error_propagation import propagate_error
+from compressor.quantize.error_propagation import propagate_difference, propagate_error
 from compressor.quantize.formats import Grids
 from compressor.quantize.grid import Grid, QuantizedWeight
 from compressor.quantize.inputs import Group, input_groups, stream_writers
@@ -30,9 +30,11 @@ from compressor.quantize.kinds import kind_of
 from compressor.quantize.lint import lint
 from compressor.quantize.plan import grids, widths_by_block
 from compressor.quantize.precision import exactly, products_in
+from compressor.quantize.results import BlockResult
+from compressor.quantize.resume import Saves, identity_of
 from compressor.quantize.scaling import Scaled, scale_block
 from compressor.quantize.teacher import Guide, Teacher, Twin
-from compressor.quantize.turns import Moments, quantize_in_turn
+from compressor.quantize.turns import Catching, Moments, quantize_in_turn
 from compressor.quantize.write import IntegerWriter
 from compressor.records import BitPlan
 from compressor.walk import Step, Stream, walk
@@ -51,7 +53,7 @@ class Recipe:
     grids: Grids
     quantizer: Quantizer
     strengths: dict[Kind, tuple[float, float]] = field(default_factory=dict)
-    catch_up: float = 0.0
+    catching: Catching = field(default_factory=Catching)
     forwards: Forwards = "float32"
     scales: bool = False
 
@@ -64,8 +66,8 @@ class Recipe:
         plan = grids(decoder, params, params.scheme or BitPlan())
         if isinstance(params, PropagatingParams):
             scales = params.scaling == "awq"
-            strengths, catch_up = params.strengths(), params.catching_up()
-            return cls(plan, quantizer, strengths, catch_up, params.forwards, scales)
+            strengths, catching = params.strengths(), Catching(*params.catching())
+            return cls(plan, quantizer, strengths, catching, params.forwards, scales)
         return cls(plan, quantizer)
 
     @property
@@ -79,26 +81,6 @@ class Recipe:
         return any(alpha > 0 for alpha, _ in self.strengths.values())
 
 
-@dataclass
-class BlockResult:
-    """One quantized block.
-
-    Attributes:
-        weights: the integers of each linear by full name.
-        report: per linear, `relative_error` ||(W - Q) X|| / ||W X|| (of its weights without
-            text; W as corrected), `damp` of the quantizer, `ridge` of the correction and, where
-            its inputs were scaled, `beta`.
-        drift: ||h - h'|| / ||h|| of the residual stream after the block, original or teacher
-            against compressed; None where the original's stream is not kept.
-        dense: other tensors of the block that scaling changed, by full name.
-    """
-
-    weights: dict[str, QuantizedWeight] = field(default_factory=dict)
-    report: dict[str, dict[str, float]] = field(default_factory=dict)
-    drift: float | None = None
-    dense: dict[str, Tensor] = field(default_factory=dict)
-
-
 def quantize(
     source: Path,
     out: Path,
@@ -106,17 +88,18 @@ def quantize(
     method: str,
     params: GridParams,
     *,
+    work: Path | None = None,
     teacher: Teacher | None = None,
     device: str = "cpu",
     batch_size: int = 4,
 ) -> dict[str, Any]:
     """Write `source` with every linear of its blocks in integers, block by block.
 
-    With tokens (N, T), each group of linears sees inputs made by the already quantized
-    ones before it (true sequential order), and is corrected towards the inputs it has in
-    `teacher`, or had in `source` itself. `quantization.json` in `out` holds the report of
-    every linear, the drift of the residual stream by depth and who can load the file. Returns
-    average bits, the mean error, the last drift and the readers in words.
+    With tokens (N, T), each group of linears sees inputs made by the already quantized ones
+    before it (true sequential order), and is corrected towards the inputs it has in `teacher`, or
+    had in `source` itself. A killed run goes on from what it saved in `work`, to the same bits.
+    `quantization.json` in `out` holds the report of every linear, the drift of the residual
+    stream by depth and who can load the file. Returns these in short.
     Raises `QuantizationError` before any work when the file could not be loaded.
     """
     if Checkpoint(source).quantized:
@@ -126,13 +109,17 @@ def quantize(
             f"{source}: some sublayers run with another block's weights, whose inputs are several "
             "blocks'; this is not quantized yet, prune without re-use"
         )
+    release()  # what the tokenizer took
     decoder = Decoder(source, device)
     recipe = Recipe.of(decoder, method, params)
     readers = lint(decoder, recipe.grids, params.format)
+    saves = Saves(
+        work, lambda: identity_of(source, tokens, method, params, teacher, device, batch_size)
+    )
     report: dict[str, dict[str, float]] = {}
     drifts: list[float] = []
     with IntegerWriter(decoder, out, recipe.grids, params.format) as writer:
-        for result in quantize_blocks(decoder, tokens, recipe, batch_size, teacher):
+        for result in quantize_blocks(decoder, tokens, recipe, batch_size, teacher, saves):
             writer.block(result.weights, result.dense)
             report |= result.report
             drifts += [] if result.drift is None else [result.drift]
@@ -163,20 +150,25 @@ def quantize_blocks(
     recipe: Recipe,
     batch_size: int = 4,
     teacher: Teacher | None = None,
+    saves: Saves | None = None,
 ) -> Iterator[BlockResult]:
     """Quantize block after block in memory; each is resident, quantized, when it is yielded.
 
-    Without tokens (N, T), from weights alone. With them, batches are made as large as
-    `_INPUT_BYTES` allows, and at least `batch_size` windows.
+    Those that `saves` holds come first and are not resident. Without tokens (N, T), from weights
+    alone. With them, batches are made as large as `_INPUT_BYTES` allows, and at least
+    `batch_size` windows.
     """
+    saves = saves or Saves()
     if tokens is None:
         decoder.drop_shell()
-        count = len(decoder.blocks)
-        for index in progress.track(range(count), "quantize", count):
+        count, done = len(decoder.blocks), saves.restore(())
+        yield from saves.blocks(recipe.grids)
+        for index in progress.track(range(done, count), "quantize", count, done):
             with decoder.resident(index), torch.no_grad():
                 result = BlockResult()
                 for name, linear in decoder.blocks.linears(index).items():
                     _quantize_group(Group({name: linear}), None, recipe, result)
+                saves.add(result, ())
                 yield result
         return
     widest = max(weight_of(linear).shape[1] for linear in decoder.blocks.linears(0).values())
@@ -188,16 +180,20 @@ def quantize_blocks(
     probe = decoder.embed(tokens[:1, :_PROBE])
     decoder.drop_shell()
     release()
-    for step in walk(stream, "quantize"):
-        scaled = scale_block(step, probe, recipe.grids) if recipe.scales else Scaled({}, {})
-        forwards = products_in(recipe.forwards, decoder.device, recipe.widest)
-        with forwards, truth.beside(step) if truth else nullcontext() as original:
-            result = _quantize_block(step, original, probe, recipe)
-        result.dense = scaled.dense
-        for name, beta in scaled.betas.items():
-            result.report[name]["beta"] = beta
-        release()
-        yield result
+    streams = [stream.x, truth.stream.x] if truth else [stream.x]
+    done = saves.restore(streams)
+    yield from saves.blocks(recipe.grids)
+    with freed_memory_kept():
+        for step in walk(stream, "quantize", done):
+            scaled = scale_block(step, probe, recipe.grids) if recipe.scales else Scaled({}, {})
+            forwards = products_in(recipe.forwards, decoder.device, recipe.widest)
+            with forwards, truth.beside(step) if truth else nullcontext() as original:
+                result = _quantize_block(step, original, probe, recipe)
+            result.dense = scaled.dense
+            for name, beta in scaled.betas.items():
+                result.report[name]["beta"] = beta
+            saves.add(result, streams)
+            yield result
 
 
 def _quantize_block(
@@ -210,16 +206,15 @@ def _quantize_block(
         alpha, ridge = recipe.strengths.get(kinds[group.leader], (0.0, 0.0))
         for grid in dict.fromkeys(recipe.grids[name] for name in group):
             same = Group({n: linear for n, linear in group.items() if recipe.grids[n] == grid})
-            with exactly(decoder.device):
-                _quantize_group(same, moments, recipe, result, alpha=alpha, ridge=ridge)
+            _quantize_group(same, moments, recipe, result, alpha=alpha, ridge=ridge)
 
     groups = input_groups(decoder, probe, step.index)
     leaders = [group.leader for group in groups]
     kinds = {name: kind_of(name, leaders, decoder.blocks, step.index) for name in leaders}
     last = {g.leader: g[g.leader] for g in groups if kinds[g.leader] in _LAST and len(g) == 1}
-    catches = recipe.catch_up > 0 and original is not None
+    catches = any(recipe.catching) and original is not None
     writers = stream_writers(decoder, probe, step.index, last) if catches else ()
-    quantize_in_turn(step, original, groups, take, dict.fromkeys(writers, recipe.catch_up))
+    quantize_in_turn(step, original, groups, take, dict.fromkeys(writers, recipe.catching))
     for _ in step.advance():
         pass
     if original:
@@ -245,27 +240,26 @@ def _quantize_group(
     try:
         if not all(all_finite(each) for each in (gram, cross, lack) if each is not None):
             raise QuantizationError("its inputs hold NaN or infinity; calibrate in float32")
-        if alpha and cross is not None:
-            lack = stacked @ cross
-        if alpha and lack is not None and gram is not None:
-            stacked, used = propagate_error(stacked, lack, gram, alpha=alpha, damp=ridge)
-        quantized = recipe.quantizer(stacked, gram, recipe.grids[group.leader])
+        with exactly(stacked.device):
+            if alpha and gram is not None and cross is not None:
+                stacked, used = propagate_difference(stacked, cross, gram, alpha=alpha, damp=ridge)
+            if alpha and gram is not None and lack is not None:
+                stacked, used = propagate_error(stacked, lack, gram, alpha=alpha, damp=ridge)
+            quantized = recipe.quantizer(stacked, gram, recipe.grids[group.leader])
     except QuantizationError as error:
         raise QuantizationError(f"{group.leader}: {error}") from error
-    rows = [len(weight) for weight in weights]
-    parts = zip(group, weights, quantized.split(rows), stacked.split(rows), strict=True)
-    for name, weight, part, target in parts:
-        rounded = part.dequantize()
-        lost = _relative_error(target, rounded, gram)
+    rounded, rows = quantized.dequantize(), [len(weight) for weight in weights]
+    lost = _sizes(stacked - rounded, gram).split(rows)
+    whole = _sizes(stacked, gram).split(rows)
+    parts = zip(group, weights, quantized.split(rows), rounded.split(rows), strict=True)
+    for index, (name, weight, part, values) in enumerate(parts):
+        share = float((lost[index].sum() / whole[index].sum().clamp(min=1e-30)).sqrt())
         result.weights[name] = part
-        result.report[name] = {"relative_error": lost, "damp": part.damp, "ridge": used}
-        weight.copy_(rounded)
+        result.report[name] = {"relative_error": share, "damp": part.damp, "ridge": used}
+        weight.copy_(values)
 
 
-def _relative_error(weight: Tensor, rounded: Tensor, gram: Tensor | None) -> float:
-    """||(W - Q) X|| / ||W X|| through the gram, or ||W - Q|| / ||W|| without one."""
-
-    def size(w: Tensor) -> Tensor:
-        return (w.square().sum() if gram is None else energy(w, gram)).clamp(min=0)
-
-    return float((size(weight - rounded) / size(weight).clamp(min=1e-30)).sqrt())
+def _sizes(weight: Tensor, gram: Tensor | None) -> Tensor:
+    """||w X||^2 of each row w of weight (O, I) through the gram, or ||w||^2 without one, (O,)."""
+    squares = weight.square().sum(1) if gram is None else energies(weight, gram)
+    return squares.clamp(min=0)

@@ -27,3 +27,16 @@ def propagate_error(
     half = torch.linalg.solve_triangular(lower.T, lack, upper=True, left=False)
     step = torch.linalg.solve_triangular(lower, half, upper=False, left=False)
     return weight + alpha * step, used
+
+
+def propagate_difference(
+    weight: Tensor, cross: Tensor, gram: Tensor, *, alpha: float, damp: float
+) -> tuple[Tensor, float]:
+    """As `propagate_error` for L = W C, cross C = mean (X - X') X'^T (I, I).
+
+    Of W C H^-1 the cheaper product is formed first: C H^-1 where W has more outputs than inputs.
+    """
+    if len(weight) < len(cross):
+        return propagate_error(weight, weight @ cross, gram, alpha=alpha, damp=damp)
+    step, used = propagate_error(torch.zeros_like(cross), cross, gram, alpha=alpha, damp=damp)
+    return torch.addmm(weight, weight, step), used

@@ -12,7 +12,7 @@ from compressor.quantize.grid import Grid, QuantizedWeight
 from compressor.quantize.polish import polish as polished
 from compressor.quantize.ridge import inverse_lower, ridged_cholesky
 
-_BLOCK = 64
+_BLOCK = 32
 
 Nearest = Callable[[Tensor, int], Tensor]
 """Nearest grid values (O,) of a column, given all columns (I, O) as compensated so far."""
@@ -36,8 +36,9 @@ def gptq(
     Raises `QuantizationError` for a gram that is not finite, is zero or cannot be factored.
     """
     weight, hessian = weight.to(gram.dtype), gram.clone()
+    columns = weight.T.contiguous()
     energy = gram.diagonal()
-    if not torch.isfinite(hessian).all():
+    if not torch.isfinite(energy).all():
         raise QuantizationError("its inputs hold NaN or infinity; calibrate in float32")
     dead = energy == 0
     if dead.all():
@@ -46,31 +47,32 @@ def gptq(
     order = torch.arange(len(hessian), device=hessian.device)
     if act_order:
         order = energy.argsort(descending=True, stable=True)
-    factor, used = inverse_factor(hessian[order][:, order], damp)
+    factor, used = inverse_factor(hessian.index_select(0, order).index_select(1, order), damp)
     group = grid.span(weight.shape[1])
     importance = torch.zeros_like(energy)
     importance[order] = 1 / factor.square().sum(0)
     importance[dead] = 0
     scale, zero = grid.fit(weight, importance)
     steps, low, high = (each.T.contiguous() for each in (scale, *grid.bounds(zero)))
-    levels = weight.new_empty(weight.T.shape)
-    home = order.tolist()
+    levels = torch.empty_like(columns)
+    home, rows = order.tolist(), levels.unbind()
 
     def nearest(columns: Tensor, index: int) -> Tensor:
-        column, g = home[index], home[index] // group
+        g = home[index] // group
         if not act_order and index % group == 0:
             chunk = slice(index, index + group)
             found = grid.fit(columns[chunk].T, importance[chunk])
             scale[:, g], zero[:, g] = found[0][:, 0], found[1][:, 0]
             steps[g] = scale[:, g]
             low[g], high[g] = grid.bounds(zero[:, g])
-        level = torch.div(columns[index], steps[g], out=levels[column])
-        return level.round_().clamp_(low[g], high[g]) * steps[g]
+        level = torch.div(columns[index], steps[g], out=rows[home[index]]).round_()
+        bounds = (grid.low, grid.high) if grid.symmetric else (low[g], high[g])
+        return level.clamp_(*bounds) * steps[g]
 
     aligned = act_order or group % _BLOCK == 0  # a group must start on updated columns
     block = _BLOCK if aligned else max(group, _BLOCK // group * group)
-    sweep(weight[:, order], factor, nearest, block)
-    levels = levels.T
+    sweep(columns[order].T, factor, nearest, block)
+    weight, levels = columns.T, levels.T
     hessian.diagonal().add_(used * hessian.diagonal().mean())
     for _ in range(polish):
         levels, scale = polished(weight, hessian, levels, scale, zero, grid)
@@ -104,5 +106,8 @@ def inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, float]:
     With H = R R^T, R upper triangular (the Cholesky factor of H read backwards), U = R^-1:
     one factorisation, and the inverse itself is never formed.
     """
-    lower, used = ridged_cholesky(hessian.flip(0, 1), damp)
+    backwards = hessian.flip(0, 1)
+    del hessian  # nothing of this size that is done with is kept, here and below
+    lower, used = ridged_cholesky(backwards, damp)
+    del backwards
     return inverse_lower(lower).flip(0, 1), used

@@ -23,9 +23,10 @@ def ridged_cholesky(gram: Tensor, damp: float) -> tuple[Tensor, float]:
     while damp <= most:
         ridged = gram.clone()
         ridged.diagonal().add_(damp * mean)
-        lower, failed = torch.linalg.cholesky_ex(ridged)
+        failed = torch.empty((), dtype=torch.int32, device=gram.device)
+        torch.linalg.cholesky_ex(ridged, out=(ridged, failed))
         if not failed:
-            return lower, damp
+            return ridged, damp
         damp = max(10 * damp, _LEAST_DAMP)
     raise QuantizationError(
         f"the gram of its inputs is not positive definite even with a ridge of {most}; "

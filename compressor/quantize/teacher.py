@@ -27,20 +27,20 @@ class Teacher(NamedTuple):
 
 
 class Twin:
-    """The same blocks with the weights they had, on a stream of their own."""
+    """The same blocks with the weights they had, on a `stream` of their own."""
 
     def __init__(self, stream: Stream) -> None:
         """Stand where `stream` does."""
-        self._stream = stream.twin()
+        self.stream = stream.twin()
 
     @contextmanager
     def beside(self, step: Step) -> Iterator[Step]:
         """The original's step beside one whose weights were not touched yet."""
-        yield Step(self._stream, step.index, copy.deepcopy(step.block))
+        yield Step(self.stream, step.index, copy.deepcopy(step.block))
 
 
 class Guide:
-    """The teacher's stream, which runs all of its blocks and stops at those that were kept.
+    """The teacher's `stream`, which runs all of its blocks and stops at those that were kept.
 
     So the cut model's block i reads beside what block kept[i] reads in the teacher, and is
     corrected for what cutting cost as well as for what quantizing does.
@@ -53,28 +53,27 @@ class Guide:
         """
         student = stream.decoder
         self._decoder, self._kept = Decoder(teacher.folder, str(student.device)), teacher.kept
-        self._passed = 0
         if len(teacher.kept) != len(student.blocks):
             raise NotApplicable(
                 f"{teacher.folder}: {len(teacher.kept)} of its blocks were kept, but the "
                 f"checkpoint has {len(student.blocks)}; it was not cut from this teacher"
             )
         batch_size = stream.batches[0].stop
-        self._stream = Stream(self._decoder, stream.tokens, batch_size)
+        self.stream = Stream(self._decoder, stream.tokens, batch_size)
         self._decoder.drop_shell()
 
     @contextmanager
     def beside(self, step: Step) -> Iterator[Step]:
         """The teacher's step beside one of the cut model, in order."""
         index = self._kept[step.index]
-        for gone in range(self._passed, index):
+        passed = self._kept[step.index - 1] + 1 if step.index else 0
+        for gone in range(passed, index):
             with self._decoder.resident(gone) as block:
-                for _ in Step(self._stream, gone, block).advance():
+                for _ in Step(self.stream, gone, block).advance():
                     pass
-        self._passed = index + 1
         self._check(step, index)
         with self._decoder.resident(index) as block:
-            yield Step(self._stream, index, block)
+            yield Step(self.stream, index, block)
 
     def _check(self, step: Step, index: int) -> None:
         """Raise `NotApplicable` for a linear whose inputs the teacher does not have."""

@@ -15,6 +15,8 @@ from compressor.moments import Cross, Gram
 from compressor.quantize.inputs import Group
 from compressor.walk import Step
 
+_TOKENS = 1024  # whose differences are in memory at once
+
 
 class Reading(NamedTuple):
     """What a linear reads, x (..., I), and the residual stream (B, T, D) its output is added to.
@@ -27,7 +29,7 @@ class Reading(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """Second moments of what a group reads, over all of the text.
+    """Second moments of what a group reads, over all of the text; tokens may be weighted.
 
     Attributes:
         gram: H, mean of x x^T in the compressed model, (I, I).
@@ -42,12 +44,25 @@ class Moments(NamedTuple):
     lack: Tensor | None = None
 
 
+class Catching(NamedTuple):
+    """How linears that write the residual stream are corrected.
+
+    Attributes:
+        share: of what the stream lost, what is to be made up for.
+        fade: tokens count ||h||^-fade, h being the stream behind the linear in the original.
+    """
+
+    share: float = 0.0
+    fade: float = 0.0
+
+
 def moments_of(
-    pairs: Iterable[tuple[Reading, Reading | None]], weight: Tensor, share: float
+    pairs: Iterable[tuple[Reading, Reading | None]], weight: Tensor, catching: Catching
 ) -> Moments:
     """The moments of batches as the compressed model reads them and, of two, the original.
 
-    weight (O, I) is W, `share` how much of what the stream lost is to be made up for.
+    weight (O, I) is W. Where there is a stream, token t counts ||h_original + W x_original||^-fade
+    in H and L: norms further on divide its error by about that length.
     Differences are formed in float32, before they are multiplied: streams that are equal give
     exact zeros, and two in half precision what they differ by.
     """
@@ -56,18 +71,34 @@ def moments_of(
     cross: Cross | None = None
     lack: Cross | None = None
     for (x, h), original in pairs:
-        gram.add(x)
         if original is None:
-            continue
-        off = original.x.float() - x.float()
-        if h is None or original.stream is None:
+            gram.add(x)
+        elif h is None or original.stream is None:
+            gram.add(x)
             cross = cross or Cross(inputs, inputs, device)
-            cross.add(off, x)
-            continue
-        lack = lack or Cross(outputs, inputs, device)
-        short = linear(off, weight.to(off.dtype)).float()
-        lack.add(short.add_((original.stream.float() - h.float()).view_as(short), alpha=share), x)
+            for own, there in _parts(x, original.x):
+                cross.add(there.float() - own.float(), own)
+        else:
+            lack = lack or Cross(outputs, inputs, device)
+            for own, there, lost, kept in _parts(x, original.x, h, original.stream):
+                counts = _counts(kept + linear(there, weight.to(there.dtype)), catching.fade)
+                gram.add(own.float() * counts.sqrt())
+                off = there.float() - own.float()
+                short = linear(off, weight.to(off.dtype)).float()
+                short.add_(kept.float() - lost.float(), alpha=catching.share)
+                lack.add(short.mul_(counts), own)
     return Moments(gram.mean, cross.mean if cross else None, lack.mean if lack else None)
+
+
+def _counts(h: Tensor, fade: float) -> Tensor:
+    """(N, 1): what each of the tokens h (N, D) counts, 1 at a root mean square of 1."""
+    return h.float().square().mean(-1, keepdim=True).clamp_(min=1e-30).pow_(-fade / 2)
+
+
+def _parts(*readings: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same `_TOKENS` tokens of each of (..., C), so that little is in float32 at once."""
+    rows = (each.reshape(-1, each.shape[-1]).split(_TOKENS) for each in readings)
+    return zip(*rows, strict=True)
 
 
 def quantize_in_turn(
@@ -75,7 +106,7 @@ def quantize_in_turn(
     original: Step | None,
     groups: list[Group],
     quantize: Callable[[Group, Moments], None],
-    writers: Mapping[str, float] | None = None,
+    writers: Mapping[str, Catching] | None = None,
 ) -> None:
     """Quantize each group of a block the moment its inputs arrive (true sequential order).
 
@@ -84,15 +115,15 @@ def quantize_in_turn(
     forward goes on through them. The other batches run again from the start to every group,
     which is why the stream is best cut into one batch where memory allows: then nothing runs
     twice. `original` is the same block of the original model with the other stream; `writers`
-    are the linears whose outputs are added to the stream (`stream_writers`), each with the
-    share of what the stream lost that it is to make up for.
+    are the linears whose outputs are added to the stream (`stream_writers`) and how they are
+    corrected.
     Both streams are past their first batch afterwards.
     """
     by_leader = {group.leader: group for group in groups}
     prefix = f"{step.stream.decoder.blocks.prefix}.{step.index}."
-    shares = writers or {}
-    here = _Side(step, prefix, shares)
-    there = _Side(original, prefix, shares) if original else None
+    catching = writers or {}
+    here = _Side(step, prefix, catching)
+    there = _Side(original, prefix, catching) if original else None
     first, *others = step.stream.batches
     taught: dict[str, Reading] = {}
 
@@ -114,7 +145,7 @@ def quantize_in_turn(
         if group is None:  # a run of another batch to a later group, or a linear that runs twice
             return
         weight = weight_of(group[name])
-        moments = moments_of(pairs(name, reading), weight, shares.get(name, 0.0))
+        moments = moments_of(pairs(name, reading), weight, catching.get(name, Catching()))
         quantize(group, moments)
 
     with here.readings(list(by_leader), first, arrive):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from compressor.decoder import Decoder
+from compressor.ratings import pieces
 from compressor.records import Scores
 from compressor.score.collector import Collector
 from compressor.score.stream import TINY, StreamNorms, norm
@@ -52,6 +53,10 @@ class Residual(Collector):
 
 def kurtosis(x: Tensor) -> Tensor:
     """Fourth central moment over squared variance of each state's channels, (B, T) float32."""
+    return torch.cat([_kurtosis(rows) for rows in pieces(x.flatten(0, 1))]).view(x.shape[:2])
+
+
+def _kurtosis(x: Tensor) -> Tensor:
     squares = (x.float() - x.mean(-1, keepdim=True, dtype=torch.float32)).square_()
     fourth = torch.linalg.vecdot(squares, squares) / x.shape[-1]
     return fourth / squares.mean(-1).square().clamp(min=TINY)

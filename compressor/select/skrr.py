@@ -54,7 +54,7 @@ class _Discrepancy:
         config = trial.decoder.model.config
         begin = getattr(config, "bos_token_id", None)
         null = torch.tensor([[begin]]) if isinstance(begin, int) else None
-        self._trials = [trial] if null is None else [trial, Trial(trial.decoder, null)]
+        self._trials = [trial] if null is None else [trial, trial.beside(null)]
 
     def __call__(self, selection: Selection) -> float:
         return sum(trial.distance(selection) for trial in self._trials)
