@@ -168,11 +168,10 @@ def quantize(job: Job) -> dict[str, Any]:
     assert isinstance(params, GridParams)
     if "bits" in job.inputs:
         params = params.model_copy(update={"scheme": BitPlan.load(job.inputs["bits"] / BITS)})
-    tokens = _tokens(job, "calibration") if "calibration" in job.inputs else None
     return drive(
         job.inputs["checkpoint"],
         job.out,
-        tokens,
+        _tokens(job, "calibration"),
         name,
         params,
         work=job.work,

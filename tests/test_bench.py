@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from compressor.errors import ConfigError, InferenceError
+from compressor.errors import ArtifactError, ConfigError, InferenceError
 from compressor.export import ExportParams
 from compressor.export import onnx as onnx_export
 from compressor.export.decoder_graph import build
@@ -221,7 +221,7 @@ def test_a_run_is_its_checkpoints_and_its_export(exported: Path, tmp_path: Path)
     assert found == [("original", "torch"), ("prune 2", "torch"), ("export", "onnxruntime")]
     both = find_cases(["demo"], ["torch", "onnxruntime"], tmp_path)
     assert [c.target.runtime for c in both] == ["torch"] * 3 + ["onnxruntime"]
-    with pytest.raises(ConfigError, match=r"did you mean 'demo'"):
+    with pytest.raises(ArtifactError, match=r"did you mean 'demo'"):
         find_cases(["dmo"], ["auto"], tmp_path)
     del stages[3]
     (tmp_path / "runs/demo.json").write_text(json.dumps({"stages": stages}))

@@ -162,13 +162,13 @@ class _Hub(BaseHTTPRequestHandler):
             self._file(body=True)
             return
         files = sorted(self.folder.iterdir())
+        known = self.path.startswith("/api/models/org/tiny")
         sha = SHA if not self.asked or SHA in self.path else MOVED
-        self.asked.append(self.path)
+        self.asked += [self.path] if known else []
         info = {"id": "org/tiny", "sha": sha, "siblings": [{"rfilename": p.name} for p in files]}
         tree = [
             {"type": "file", "path": p.name, "size": p.stat().st_size, "oid": p.name} for p in files
         ]
-        known = self.path.split("?")[0].startswith("/api/models/org/tiny")
         body = json.dumps(tree if "/tree/" in self.path else info).encode()
         self.send_response(200 if known else 404)
         self.send_header("Content-Type", "application/json")
