@@ -49,6 +49,8 @@ class Bars:
         if done:
             label = f"{label}: from {done + 1:.0f} of {total:.0f}, resumed"
         if not console.is_terminal:
+            if done:
+                console.print(f"  {label}", highlight=False)
             yield _Lines(label, total, done)
             return
         columns = (
