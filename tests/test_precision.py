@@ -75,9 +75,9 @@ def test_streams_in_half_precision_differ_by_what_they_differ() -> None:
     near = (x.float() + 0.3 * near.float()).bfloat16()
     h, other = torch.randn(2, 64, 6, generator=draw).bfloat16()
     off, read = near.double() - x.double(), x.double()
-    found = moments_of([(Reading(x, None), Reading(near, None))], weight, 0.5)
+    found = moments_of([(Reading(x, None), Reading(near, None))], weight, Catching(0.5))
     torch.testing.assert_close(found.cross, (off.T @ read / 64).float(), rtol=1e-4, atol=1e-6)
-    found = moments_of([(Reading(x, h), Reading(near, other))], weight, 0.5)
+    found = moments_of([(Reading(x, h), Reading(near, other))], weight, Catching(0.5))
     short = off @ weight.double().T + 0.5 * (other.double() - h.double())
     torch.testing.assert_close(found.lack, (short.T @ read / 64).float(), rtol=1e-4, atol=1e-6)
 
