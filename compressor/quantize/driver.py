@@ -102,13 +102,7 @@ def quantize(
     stream by depth and who can load the file. Returns these in short.
     Raises `QuantizationError` before any work when the file could not be loaded.
     """
-    if Checkpoint(source).quantized:
-        raise QuantizationError(f"{source}: already quantized; start from the dense checkpoint")
-    if Checkpoint(source).shares:
-        raise QuantizationError(
-            f"{source}: some sublayers run with another block's weights, whose inputs are several "
-            "blocks'; this is not quantized yet, prune without re-use"
-        )
+    _refuse(Checkpoint(source))
     release()  # what the tokenizer took
     decoder = Decoder(source, device)
     recipe = Recipe.of(decoder, method, params)
@@ -142,6 +136,17 @@ def quantize(
         **({"unscaled": left} if left else {}),
         "readers": {verdict.reader: f"{verdict.speed}: {verdict.why}" for verdict in readers},
     }
+
+
+def _refuse(checkpoint: Checkpoint) -> None:
+    source = checkpoint.folder
+    if checkpoint.quantized:
+        raise QuantizationError(f"{source}: already quantized; start from the dense checkpoint")
+    if checkpoint.shares:
+        raise QuantizationError(
+            f"{source}: some sublayers run with another block's weights, whose inputs are several "
+            "blocks'; this is not quantized yet, prune without re-use"
+        )
 
 
 def quantize_blocks(
