@@ -133,7 +133,8 @@ def in_process(monkeypatch: pytest.MonkeyPatch, folder: Path, *args: str) -> Any
     """The leaderboard that the command prints, or what it raises."""
     monkeypatch.chdir(folder)
     text = ("--text", "corpus.jsonl", "--field", "text", "--windows", "4", "--length", "24")
-    given = (args[0], "--budget", "1", *args[1:], *text, "--json", "--quiet")
+    given = [args[0], "--budget", "1", *args[1:], "--json", "--quiet"]
+    given += [] if args[0].endswith(".yaml") else text
     result = CliRunner().invoke(command, given)
     if result.exception:
         raise result.exception

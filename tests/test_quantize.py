@@ -144,7 +144,7 @@ def test_searched_scales_lower_the_weighted_error(symmetric: bool) -> None:
     plain = error(Grid(3, 8, torch.float32, search=False, symmetric=symmetric))
     grid = Grid(3, 8, torch.float32, symmetric=symmetric)
     unweighted, weighted = error(grid), error(grid, importance)
-    assert (weighted <= plain).all() and (weighted <= unweighted).float().mean() > 0.9
+    assert (weighted <= plain).all() and (weighted <= unweighted).all()
     assert weighted.sum() < unweighted.sum() < plain.sum()
 
 

@@ -38,12 +38,15 @@ def readers(bundle: Bundle) -> list[dict[str, str]]:
 
 
 def loads(bundle: Bundle, runtime: str) -> bool:
-    """Whether a runtime, in its newest version, loads the checkpoint: the first of its rows.
+    """Whether a runtime, in its newest version, loads the checkpoint on any device.
 
-    That is the version that the card's `pip install` brings. Dense weights load anywhere.
+    That is the version that the card's `pip install` brings, and the first of its rows. Dense
+    weights load anywhere.
     """
     rows = [row for row in readers(bundle) if row["reader"].startswith(runtime)]
-    readable = rows[0]["speed"] != "no" if rows else not readers(bundle)
+    versions = [row["reader"].partition(" on ")[0] for row in rows]
+    newest = [row for row, each in zip(rows, versions, strict=True) if each == versions[0]]
+    readable = any(row["speed"] != "no" for row in newest) or not readers(bundle)
     return readable and bundle.local("config.json") is not None
 
 

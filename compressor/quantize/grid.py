@@ -11,8 +11,7 @@ from torch import Tensor
 from compressor.errors import QuantizationError
 from compressor.layouts import Codes
 
-_SHRINKS = [1 - 0.16 * step for step in range(5)]
-_NEARER = (0.08, -0.08), (0.04, -0.04)  # beside the best so far, in two stages
+_SHRINKS = [1 - step / 25 for step in range(18)]
 _CACHED = 2**18  # weights searched together, so that wide layers go in parts
 
 Bound = Tensor | int
@@ -68,8 +67,8 @@ class Grid:
         The grid covers the group from lo to hi (zero included): asymmetric s = (hi - lo) /
         (2^b - 1) and z = round(-lo / s) - 2^(b-1) (arXiv:2210.17323's code); symmetric
         s = 2 max |w| / (2^b - 1), which clips the largest weight by half a step and wastes no
-        level. With `search`, the best of shrunk grids (1, 0.84 .. 0.36, then 0.08 and 0.04 to
-        both sides of the best), moved by a level or turned around, by the sum of
+        level. With `search`, the best of shrunk grids (1, 0.96, .. 0.32), moved
+        by a level or turned around, by the sum of
         importance * (q(w) - w)^2, `importance` (I,) being the mean square of each input:
         the error of the output as far as inputs are uncorrelated.
         """
@@ -107,22 +106,17 @@ class Grid:
         if not self.search:
             return scale, zero
         least, roots = torch.full_like(scale, torch.inf), shares.sqrt()
-        best = torch.zeros_like(scale)
-        for offsets in (_SHRINKS, *_NEARER):
-            around = best
-            for offset in offsets:
-                shrink = (around + offset).clamp(max=1)
-                placed = self._place(lo * shrink, hi * shrink)
-                exact = groups / placed[0].unsqueeze(-1)
-                rounded = exact.round()
-                for turned, moved, low, high in self._candidates(*placed):
-                    off = rounded.clamp(low, high).sub_(exact).mul_(roots)  # type: ignore[arg-type]
-                    error = torch.linalg.vector_norm(off, dim=-1).mul_(turned.abs())
-                    better = error < least
-                    least = torch.where(better, error, least)
-                    best = torch.where(better, shrink, best)
-                    scale = torch.where(better, turned, scale)
-                    zero = torch.where(better, moved, zero)
+        for shrink in _SHRINKS:
+            placed = self._place(lo * shrink, hi * shrink)
+            exact = groups / placed[0].unsqueeze(-1)
+            rounded = exact.round()
+            for turned, moved, low, high in self._candidates(*placed):
+                off = rounded.clamp(low, high).sub_(exact).mul_(roots)  # type: ignore[arg-type]
+                error = torch.linalg.vector_norm(off, dim=-1).mul_(turned.abs())
+                better = error < least
+                least = torch.where(better, error, least)
+                scale = torch.where(better, turned, scale)
+                zero = torch.where(better, moved, zero)
         return scale, zero
 
     def _candidates(
