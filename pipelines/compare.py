@@ -108,8 +108,7 @@ def compare(
         folder = store.folder(select.verb, select.key)
         made.append((choice, Selection.load(folder / "selection.json")))
     if not made:
-        reasons = "; ".join(f"{row['choice']}: {row['reason']}" for row in failed)
-        raise SelectionError(f"no choice could be made ({reasons})")
+        raise SelectionError(f"no choice could be made ({_by_reason(failed)})")
     num_blocks = made[0][1].num_blocks
     original = tried(Selection(num_blocks=num_blocks))
     rows = []
@@ -136,6 +135,14 @@ def compare(
         "failed": failed,
         "score_seconds": score_seconds,
     }
+
+
+def _by_reason(failed: Iterable[Mapping[str, str]]) -> str:
+    """Every reason once, behind the choices that it stops."""
+    stopped: dict[str, list[str]] = {}
+    for row in failed:
+        stopped.setdefault(row["reason"], []).append(row["choice"])
+    return "; ".join(f"{', '.join(choices)}: {why}" for why, choices in stopped.items())
 
 
 def _shared(

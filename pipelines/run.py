@@ -8,13 +8,13 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from compressor.artifact import Manifest, Store
-from compressor.errors import ArtifactError, ConfigError, did_you_mean
+from compressor.errors import ArtifactError, CompressError, ConfigError, did_you_mean
 from compressor.fetch import fingerprint_model, fingerprint_text
 from compressor.files import write_whole
 from compressor.memory import import_for_good, peak, release, reset_peak
@@ -166,6 +166,8 @@ def _build(stage: Stage, config: RunConfig, store: Store, draft: Path) -> None:
         )
         store.commit(draft, manifest)
         release()
+    except CompressError as error:
+        raise type(error)(_as_given(str(error), read, config, store)) from error
     except (OSError, RuntimeError, SafetensorError) as error:
         if not _disk_is_full(error):
             raise
@@ -174,6 +176,14 @@ def _build(stage: Stage, config: RunConfig, store: Store, draft: Path) -> None:
             f"{store.root}: the disk is full ({free:.1f} GiB free); finished stages are kept; "
             "make room, or give another folder with --store, and run the same command again"
         ) from error
+
+
+def _as_given(text: str, read: Mapping[str, Stage], config: RunConfig, store: Store) -> str:
+    """An error with the model's path as the user gave it, not that of its import."""
+    for stage in read.values():
+        if stage.label == "model" and config.head.model.path:
+            text = text.replace(str(store.folder(stage.verb, stage.key)), config.head.model.path)
+    return text
 
 
 def _device(asked: str) -> str:

@@ -100,6 +100,7 @@ def test_what_cannot_be_chosen_is_named_and_the_others_go_on(project: Path) -> N
     done = compress(project, *wanted, "--json")
     assert done.returncode == 1
     assert "no choice could be made" in done.stderr
+    assert done.stderr.count("n = 4 is more than") == 1  # one reason, all whom it stops
 
 
 def test_unknown_names_are_explained() -> None:

@@ -236,6 +236,14 @@ def test_pruning_weights_and_widths_from_the_command_line(project: Path) -> None
         assert model.config.num_hidden_layers == 4
 
 
+def test_an_error_names_the_model_as_it_was_given(project: Path) -> None:
+    ways = ("--method", "rtn", "--group-size", "16")
+    assert compress(project, "quantize", "model", *ways, "-o", "4bit").returncode == 0
+    again = compress(project, "quantize", "4bit", *ways)
+    assert again.returncode == 1
+    assert "error: 4bit: already quantized" in again.stderr
+
+
 @pytest.mark.parametrize(
     ("args", "code", "said"),
     [
@@ -264,6 +272,7 @@ def test_pruning_weights_and_widths_from_the_command_line(project: Path) -> None
         (["score", "model", "--method", "lampp"], 1, "did you mean 'lamp'"),
         (["quantize", "model", "--group-size", "16"], 1, "add text.calibration"),
         (["show", "tny"], 1, "did you mean 'tiny'"),
+        (["bench", "/no/model"], 1, "/no/model: neither a folder nor a run in artifacts/runs"),
         (["evaluate", "model"], 2, "evaluate needs --text"),
     ],
 )
