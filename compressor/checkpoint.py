@@ -124,11 +124,11 @@ class Checkpoint:
 
         Their pages stay mapped until the last of these tensors is gone, so keep a block short.
         """
-        self._open = {}
+        before, self._open = self._open, {} if self._open is None else self._open
         try:
             yield
         finally:
-            self._open = None
+            self._open = before
 
     @property
     def quantized(self) -> bool:

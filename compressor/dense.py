@@ -58,7 +58,8 @@ class DenseReader:
         layout = self.layout(name)
         stem = (self.locate(name) or name).removesuffix("weight")
         try:
-            return layout.read({n: self.checkpoint.tensor(stem + n) for n in layout.names})
+            with self.checkpoint.opened():
+                return layout.read({n: self.checkpoint.tensor(stem + n) for n in layout.names})
         except CheckpointError as error:
             raise CheckpointError(f"{name}: {error}") from error
 

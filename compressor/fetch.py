@@ -41,6 +41,11 @@ def fingerprint_model(source: ModelSource) -> str:
     return f"sha256:{hashlib.sha256(listing.encode()).hexdigest()}"
 
 
+def fingerprint_folder(folder: Path) -> str:
+    """What pins a model folder here: the hash of its files."""
+    return fingerprint_model(ModelSource(path=str(folder)))
+
+
 def fingerprint_text(source: TextSource) -> str:
     """What pins a text: the hub commit, or the hash of its file."""
     if source.dataset:

@@ -69,12 +69,12 @@ class Cross:
 def energies(weight: Tensor, gram: Tensor) -> Tensor:
     """w H w^T of each row w (I,) of weight (O, I), for a symmetric H (I, I) of which half is read.
 
-    Products are taken in the dtype of the autocast.
+    (O,), at least 0, in the dtype of the weight; products are taken in that of the autocast.
     """
     total = weight.new_zeros(len(weight))
     for start in range(0, len(gram), _STRIP):
         strip, rest = slice(start, start + _STRIP), slice(start + _STRIP, None)
         own = weight[:, strip]
-        total += (own @ gram[strip, strip]).float().mul_(own).sum(1)
-        total += 2 * (own @ gram[strip, rest]).float().mul_(weight[:, rest]).sum(1)
-    return total
+        total += (own @ gram[strip, strip]).to(own.dtype).mul_(own).sum(1)
+        total += 2 * (own @ gram[strip, rest]).to(own.dtype).mul_(weight[:, rest]).sum(1)
+    return total.clamp_(min=0)

@@ -34,7 +34,7 @@ _SETTINGS = {
     "held_out": "text.evaluation.windows",
     "windows": "text.calibration.windows",
     "length": "text.calibration.length",
-    "text": "text.source.file",
+    "text": "text.source.path",
     "field": "text.source.field",
 }
 

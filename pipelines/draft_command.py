@@ -11,7 +11,7 @@ import click
 
 from compressor import progress
 from compressor.errors import ConfigError, SourceError
-from compressor.fetch import fingerprint_model, locate_model
+from compressor.fetch import fingerprint_folder, locate_model
 from compressor.files import write_whole
 from compressor.sources import ModelSource, TextRole
 from pipelines import display
@@ -90,7 +90,7 @@ def draft(
         rows = list(cut(role.source, tokenizer, role, seed=0).tokens)
     measured = measure(*models, rows, draft_tokens=draft_tokens, new_tokens=new_tokens)
     told = hashlib.sha256(json.dumps([row.tolist() for row in rows]).encode()).hexdigest()
-    names = {"parent": fingerprint(original), "text": f"sha256:{told}"}
+    names = {"parent": fingerprint_folder(original), "text": f"sha256:{told}"}
     measured = {"format": 1, "device": device, **names, **measured}
     write_whole(record_path(folder, original, store), json.dumps(measured, indent=1) + "\n")
     click.echo(json.dumps(measured, indent=1) if as_json else in_words(measured))
@@ -104,13 +104,8 @@ def checkpoint(name: str) -> Path:
 
 def record_path(folder: Path, parent: Path, store: Path) -> Path:
     """Where the figures of a draft and its parent are kept, by the hashes of their files."""
-    digests = [fingerprint(each).removeprefix("sha256:")[:16] for each in (folder, parent)]
+    digests = [fingerprint_folder(each).removeprefix("sha256:")[:16] for each in (folder, parent)]
     return store / DRAFTS / f"{'-'.join(digests)}.json"
-
-
-def fingerprint(folder: Path) -> str:
-    """What pins a checkpoint: the hash of its files."""
-    return fingerprint_model(ModelSource(path=str(folder)))
 
 
 def in_words(measured: dict[str, Any]) -> str:

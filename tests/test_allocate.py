@@ -464,7 +464,7 @@ def test_what_cannot_be_quantized_is_named(llama: Path) -> None:
 def test_a_cost_that_is_no_number_is_refused(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     probe, options = probe_of(llama, tokens(1, 8))
     monkeypatch.setattr(
-        "compressor.allocate.fisher.energy", lambda off, _: off[:, 0].double() * math.nan
+        "compressor.allocate.fisher.energies", lambda off, _: off[:, 0].double() * math.nan
     )
     with pytest.raises(CompressError, match=r"layers.0.self_attn.q_proj: fisher gives .*nan"):
         chosen(probe, options, average_bits=3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,6 +45,27 @@ def test_round_trip(tmp_path: Path, shard_bytes: int, shards: int) -> None:
         (out / report).write_text("{}")  # of the stage that wrote it, not of a later one
     assert [p.name for p in checkpoint.side_files] == ["tokenizer.json"]
     assert not checkpoint.quantized
+
+
+def test_a_shard_is_opened_once_for_all_tensors_of_a_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = Checkpoint(write(tmp_path))
+    plain = {name: checkpoint.tensor(name) for name in checkpoint.names}
+    opens: list[Path] = []
+
+    def counted(path: Path, framework: str) -> Any:
+        opens.append(path)
+        return safe_open(path, framework=framework)
+
+    monkeypatch.setattr("compressor.checkpoint.safe_open", counted)
+    with checkpoint.opened():
+        for name, tensor in plain.items():
+            with checkpoint.opened():
+                assert torch.equal(checkpoint.tensor(name), tensor)
+    assert len(plain) > len(opens) == len(set(opens)) == 1
+    checkpoint.tensor(next(iter(plain)))
+    assert len(opens) == 2
 
 
 @pytest.mark.parametrize("most", [5, 2**31])

@@ -22,7 +22,7 @@ from compressor.select.skrr import skrr
 from compressor.select.sleb import sleb
 from compressor.select.swap import swap
 from compressor.trial import Trial
-from tests.tiny import save_tiny, tokens
+from tests.tiny import save_tiny, tokens, weights_read
 
 L = 6
 SCORES = Scores(
@@ -321,14 +321,7 @@ def test_a_twin_stands_in_for_a_skipped_sublayer(taker: int, giver: int, tmp_pat
 
 
 def test_the_null_prompt_reads_no_weight_again(trial: Trial, monkeypatch: Any) -> None:
-    asked: list[tuple[int, str]] = []
-    weight = Decoder.weight
-
-    def counted(self: Decoder, index: int, name: str) -> torch.Tensor:
-        asked.append((index, name))
-        return weight(self, index, name)
-
-    monkeypatch.setattr(Decoder, "weight", counted)
+    asked = weights_read(monkeypatch)
     skrr(SCORES, trial, n=1, beam=1, reuse=True, protect=())
     assert len(asked) == len(set(asked)) == L * 9
 

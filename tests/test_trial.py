@@ -17,7 +17,7 @@ from compressor.decoder import Decoder
 from compressor.errors import NotApplicable, SelectionError
 from compressor.records import Selection
 from compressor.trial import Trial
-from tests.tiny import FAMILIES, save_tiny, tokens
+from tests.tiny import FAMILIES, save_tiny, tokens, weights_read
 
 SANDWICH = (
     ("input_layernorm", "self_attn", "post_attention_layernorm"),
@@ -148,14 +148,7 @@ def test_nothing_depends_on_order_or_memory(
 
 def test_weights_that_fit_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_tiny(tmp_path, "llama")
-    read: list[tuple[int, str]] = []
-    weight = Decoder.weight
-
-    def count(self: Decoder, index: int, name: str) -> torch.Tensor:
-        read.append((index, name))
-        return weight(self, index, name)
-
-    monkeypatch.setattr(Decoder, "weight", count)
+    read = weights_read(monkeypatch)
     trial = Trial(Decoder(tmp_path), tokens())
     for selection in SELECTIONS.values():
         trial.loss(selection)

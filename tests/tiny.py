@@ -6,11 +6,14 @@ import json
 import random
 from pathlib import Path
 
+import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from compressor.decoder import Decoder
 
 _COMMON = {
     "vocab_size": 96,
@@ -73,6 +76,19 @@ def save_tiny(folder: Path, family: str, **overrides: object) -> PreTrainedModel
 def tokens(rows: int = 3, length: int = 24, seed: int = 0) -> torch.Tensor:
     """Random token windows (rows, length)."""
     return torch.randint(3, 96, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def weights_read(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
+    """Block and name of every weight that any decoder reads from now on."""
+    read: list[tuple[int, str]] = []
+    weight = Decoder.weight
+
+    def counted(self: Decoder, index: int, name: str) -> torch.Tensor:
+        read.append((index, name))
+        return weight(self, index, name)
+
+    monkeypatch.setattr(Decoder, "weight", counted)
+    return read
 
 
 def save_tokenizer(folder: Path) -> None:

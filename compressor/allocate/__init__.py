@@ -74,7 +74,7 @@ METHODS = {
         "GuidedQuant, arXiv:2505.07004 section 3.2; BRECQ, arXiv:2102.05426 section 3.2",
         "about 3 forwards and one quantization per width, on max_windows",
         ("calibration", "costs"),
-        3,
+        4,
     ),
     "importance": Method(
         "compressor.allocate.importance:importance",
@@ -83,6 +83,6 @@ METHODS = {
         "LIM and ZD, arXiv:2406.17415 section 3; times sensitivity, Mix-QViT, arXiv:2501.06357",
         "a forward and one quantization per width, on max_windows",
         ("calibration", "costs", "scores"),
-        3,
+        4,
     ),
 }

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from compressor.allocate.probe import Costs, Probe, energy
+from compressor.allocate.probe import Costs, Probe
 from compressor.backward import Tape, backward
 from compressor.inputs import inputs_of, outputs_of
-from compressor.moments import Gram
+from compressor.moments import Gram, energies
 from compressor.walk import Stream, walk
 
 
@@ -76,7 +76,7 @@ class _Curvature:
         """1/2 sum_i r_i D_i H_s D_i^T of D (O, I)."""
         assert self._squares is not None
         shares = self._squares / self._squares.sum().clamp(min=1e-300)
-        return float(shares @ energy(off, self._weighted.mean)) / 2
+        return float(shares @ energies(off, self._weighted.mean).double()) / 2
 
 
 def _drawn(seed: int) -> Callable[[int, Tensor], Tensor]:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from compressor.allocate.probe import Costs, Probe, energy, stacked
+from compressor.allocate.probe import Costs, Probe, stacked
 from compressor.errors import SelectionError, did_you_mean
 from compressor.inputs import inputs_of
-from compressor.moments import Gram
+from compressor.moments import Gram, energies
 from compressor.records import Scores
 from compressor.units import Unit
 from compressor.walk import Stream, walk
@@ -43,9 +43,9 @@ def importance(probe: Probe, *, score: str) -> Costs:
                 pass
         for place, unit in units.items():
             gram = grams.pop(unit.names[0]).mean
-            whole = float(energy(stacked(probe.linears(unit)), gram).sum())
+            whole = float(energies(stacked(probe.linears(unit)), gram).sum())
             for bits, off in probe.differences(unit, gram):
-                error = float(energy(off, gram).sum())
+                error = float(energies(off, gram).sum())
                 costs[place][bits] = weights[place] * error / max(whole, 1e-30)
     return costs
 

@@ -79,8 +79,3 @@ class Probe:
 def stacked(linears: dict[str, nn.Module]) -> Tensor:
     """The weights of a unit's linears one above the other, (O, I) float32."""
     return torch.cat([weight_of(linear).detach() for linear in linears.values()]).float()
-
-
-def energy(weight: Tensor, gram: Tensor) -> Tensor:
-    """Mean square of each output of weight (O, I) on inputs of gram (I, I): (O,) float64."""
-    return ((weight @ gram) * weight).sum(1, dtype=torch.float64).clamp(min=0)

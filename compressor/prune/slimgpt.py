@@ -14,6 +14,7 @@ from compressor.checkpoint import CheckpointWriter, write_json
 from compressor.decoder import Decoder
 from compressor.errors import CompressError, UnsupportedArchitecture
 from compressor.inputs import input_gram
+from compressor.moments import energies
 from compressor.prune.brain_surgery import remove_units
 from compressor.prune.sparse import open_dense
 from compressor.prune.width import Branch, Sizes, branches, narrowed, sizes_of
@@ -109,8 +110,8 @@ def _narrow_(step: Step, branch: Branch, left: int, damp: float) -> tuple[Tensor
     slim = torch.zeros_like(weight)
     stored = decoder.reader.checkpoint.stored_dtype(_stored(decoder, name))
     slim[:, branch.columns(units)] = compensated.to(stored).to(weight.dtype)
-    change, dense = (slim - weight).double(), weight.double()
-    error = _energy(change, gram.double()) / _energy(dense, gram.double()).clamp(min=1e-300)
+    lost, whole = (energies(w.double(), gram.double()).sum() for w in (slim - weight, weight))
+    error = lost / whole.clamp(min=1e-300)
     weight.copy_(slim)
     return units.cpu(), float(error.sqrt())
 
@@ -136,10 +137,6 @@ def _stored(decoder: Decoder, linear: str) -> str:
     stored = decoder.reader.locate(f"{linear}.weight")
     assert stored is not None
     return stored
-
-
-def _energy(weight: Tensor, gram: Tensor) -> Tensor:
-    return (weight @ gram * weight).sum().clamp(min=0)
 
 
 def _check(out: Path, stream: Stream, device: str) -> None:

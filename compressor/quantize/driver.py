@@ -266,5 +266,4 @@ def _quantize_group(
 
 def _sizes(weight: Tensor, gram: Tensor | None) -> Tensor:
     """||w X||^2 of each row w of weight (O, I) through the gram, or ||w||^2 without one, (O,)."""
-    squares = weight.square().sum(1) if gram is None else energies(weight, gram)
-    return squares.clamp(min=0)
+    return weight.square().sum(1) if gram is None else energies(weight, gram)

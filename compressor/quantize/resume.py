@@ -24,21 +24,21 @@ from torch import Tensor
 from compressor import __version__
 from compressor.artifact import canonical, sync
 from compressor.errors import SelectionError
-from compressor.fetch import fingerprint_model
+from compressor.fetch import fingerprint_folder
 from compressor.quantize import METHODS, GridParams
 from compressor.quantize.formats import Grids
 from compressor.quantize.grid import QuantizedWeight
 from compressor.quantize.results import BlockResult
 from compressor.quantize.teacher import Teacher
 from compressor.records import Record
-from compressor.sources import ModelSource, file_digest
+from compressor.sources import file_digest
 from compressor.targets import text_digest
 
 EVERY_SECONDS = 60.0
 """No save comes sooner after another, so that what takes less saves nothing."""
 SHARE = 20
 """Seconds of work that go by for each that the last save took: saves take 5 % at most."""
-PENDING_BYTES = 2**28
+PENDING_BYTES = 2**25
 """Finished blocks in memory above this size are written ahead of the save that names them."""
 
 log = logging.getLogger(__name__)
@@ -169,22 +169,18 @@ def identity_of(
 ) -> dict[str, Any]:
     """All that decides what a walk comes to, but the number of threads; reads the models once."""
     row = {"name": method, "version": METHODS[method].version}
-    aim = teacher and [_model(teacher.folder), list(teacher.kept)]
+    aim = teacher and [fingerprint_folder(teacher.folder), list(teacher.kept)]
     return {
         "version of compress": __version__,
         "version of torch": torch.__version__,
         "device": device,
-        "model": _model(source),
+        "model": fingerprint_folder(source),
         "text": None if tokens is None else text_digest(tokens),
         "method": row,
         "parameters": params.model_dump(mode="json"),
         "teacher": aim,
         "batch size": batch_size,
     }
-
-
-def _model(folder: Path) -> str:
-    return fingerprint_model(ModelSource(path=str(folder)))
 
 
 def _packed(result: BlockResult) -> bytes:

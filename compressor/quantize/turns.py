@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
@@ -81,7 +82,7 @@ def moments_of(
         else:
             lack = lack or Cross(outputs, inputs, device)
             for own, there, lost, kept in _parts(x, original.x, h, original.stream):
-                counts = _counts(kept + linear(there, weight.to(there.dtype)), catching.fade)
+                counts = _counts(kept, there, weight, catching.fade)
                 gram.add(own.float() * counts.sqrt())
                 off = there.float() - own.float()
                 short = linear(off, weight.to(off.dtype)).float()
@@ -90,8 +91,14 @@ def moments_of(
     return Moments(gram.mean, cross.mean if cross else None, lack.mean if lack else None)
 
 
-def _counts(h: Tensor, fade: float) -> Tensor:
-    """(N, 1): what each of the tokens h (N, D) counts, 1 at a root mean square of 1."""
+def _counts(before: Tensor, x: Tensor, weight: Tensor, fade: float) -> Tensor:
+    """What each token counts by the stream (N, D) behind the linear, 1 at a root mean square of 1.
+
+    (N, 1), or one number for all where none fades.
+    """
+    if not fade:
+        return torch.ones((), device=x.device)
+    h = before + linear(x, weight.to(x.dtype))
     return h.float().square().mean(-1, keepdim=True).clamp_(min=1e-30).pow_(-fade / 2)
 
 
